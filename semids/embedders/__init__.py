@@ -1,0 +1,1 @@
+"""Embedders: each module here is a member of the family, found by its presence."""

@@ -1,0 +1,1 @@
+"""Quantizers: each module here is a member of the family, found by its presence."""

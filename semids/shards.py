@@ -1,0 +1,146 @@
+"""Row arrays too large for one file: `.npy` shards, each with a sealed sidecar as its commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semids.errors import CorruptionError
+from semids.progress import Progress
+from semids.store import FileRecord, check_file, commit, commit_sealed_json, read_sealed_json
+
+SHARD_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """The plan of a sharded array: `rows` rows of `columns` numbers of `dtype`, `shard_rows` to a file."""
+
+    rows: int
+    columns: int
+    dtype: str
+    shard_rows: int = SHARD_ROWS
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        return -(-self.rows // self.shard_rows)
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """Return the [start, stop) rows of a shard."""
+        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
+
+
+def shard_name(name: str, shard: int) -> str:
+    """Return the file name of a shard, for example `vectors-00012.npy`."""
+    return f"{name}-{shard:05d}.npy"
+
+
+def write_shards(
+    folder: Path,
+    name: str,
+    layout: ShardLayout,
+    produce: Callable[[int, int], NDArray[Any]],
+    *,
+    fingerprint: str,
+    progress: Progress,
+) -> dict[str, FileRecord]:
+    """Write a sharded array into `folder`, keeping the shards that an interrupted run finished.
+
+    Args:
+        produce: called with the [start, stop) rows of each missing shard; returns them, (stop - start, columns).
+        fingerprint: of the step that writes; a shard of another step is written again.
+
+    Returns:
+        The record of every file written or kept, sidecars included, by file name.
+    """
+    records: dict[str, FileRecord] = {}
+    for shard in range(layout.shards):
+        start, stop = layout.bounds(shard)
+        path = folder / shard_name(name, shard)
+        sidecar = path.with_suffix(".json")
+        record = _finished_shard(path, fingerprint)
+        if record is None:
+            array = np.ascontiguousarray(produce(start, stop), dtype=layout.dtype)
+            if array.shape != (stop - start, layout.columns):
+                raise AssertionError(
+                    f"expected shard of shape {(stop - start, layout.columns)}, got {array.shape}"
+                )
+            record = commit(path, lambda temporary, array=array: _save(temporary, array))
+            body = {"rows": stop - start, "columns": layout.columns, "dtype": layout.dtype}
+            commit_sealed_json(sidecar, {**body, **vars(record), "fingerprint": fingerprint})
+        records[path.name] = record
+        progress(name, stop, layout.rows, "rows")
+    return records
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _finished_shard(path: Path, fingerprint: str) -> FileRecord | None:
+    sidecar = path.with_suffix(".json")
+    if not sidecar.exists() or not path.exists():
+        return None
+    body = read_sealed_json(sidecar)
+    if body["fingerprint"] != fingerprint:
+        return None
+    record = FileRecord(body["bytes"], body["sha256"])
+    check_file(path, record)
+    return record
+
+
+class ShardedArray:
+    """A sharded array that was committed: read by rows or in chunks, memory-mapped, digests checked first."""
+
+    def __init__(self, layout: ShardLayout, shard_path: Callable[[int], Path]) -> None:
+        """Open an array.
+
+        Args:
+            shard_path: returns the path of a shard, once its digest is known to be right.
+        """
+        self.layout = layout
+        self._shard_path = shard_path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.layout.rows, self.layout.columns
+
+    def shard(self, shard: int) -> NDArray[Any]:
+        """Return a shard's rows, memory-mapped read-only.
+
+        Raises:
+            CorruptionError: the file is not the array that was committed.
+        """
+        path = self._shard_path(shard)
+        start, stop = self.layout.bounds(shard)
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.shape != (stop - start, self.layout.columns) or array.dtype != np.dtype(self.layout.dtype):
+            raise CorruptionError(
+                f"{path}: expected {(stop - start, self.layout.columns)}, got {array.shape}"
+            )
+        return array
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield (first row, rows) from first to last, at most `rows` rows each and never across shards."""
+        for shard in range(self.layout.shards):
+            start, _ = self.layout.bounds(shard)
+            array = self.shard(shard)
+            for offset in range(0, len(array), rows):
+                yield start + offset, array[offset : offset + rows]
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the given rows, (len(rows), columns), as an array in memory. Fastest when sorted."""
+        taken = np.empty((len(rows), self.layout.columns), dtype=self.layout.dtype)
+        shard_of_row = rows // self.layout.shard_rows
+        for shard in np.unique(shard_of_row):
+            here = shard_of_row == shard
+            taken[here] = self.shard(int(shard))[rows[here] - shard * self.layout.shard_rows]
+        return taken

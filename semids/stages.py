@@ -1,0 +1,267 @@
+"""Stages: steps of work that leave a folder of digested files, run once for one fingerprint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from semids.errors import CorruptionError
+from semids.progress import Progress, silent
+from semids.shards import ShardedArray, ShardLayout, shard_name, write_shards
+from semids.store import (
+    TEMPORARY_PREFIX,
+    FileRecord,
+    check_file,
+    commit,
+    commit_bytes,
+    commit_sealed_json,
+    digest_json,
+    read_sealed_json,
+    wait_for_lock,
+)
+
+MANIFEST = "manifest.json"
+LIBRARIES = ("faiss-cpu", "faiss-gpu", "numpy", "polars", "pyarrow", "semids", "torch", "transformers")
+
+log = logging.getLogger("semids")
+
+
+class Ref(BaseModel):
+    """A small, JSON-able reference to a finished stage: what tasks exchange instead of data."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    path: str
+    """Absolute folder. Where it lies decides nothing: fingerprints are made of digests."""
+    fingerprint: str
+    digest: str
+    """Of every output file. Equal digests mean equal outputs, whatever made them."""
+
+    def is_present(self) -> bool:
+        """True if the folder still holds exactly this stage's files, every byte as recorded."""
+        try:
+            manifest = _read_manifest(Path(self.path))
+            if manifest is None or manifest["digest"] != self.digest:
+                return False
+            _check_files(Path(self.path), manifest)
+        except CorruptionError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step to run: what it is called, all that decides its output, and the function that makes it.
+
+    Args:
+        ingredients: input digests, parameters, model and code digests, as JSON; hashed to the fingerprint
+            and kept in the manifest, so that two runs can be compared ingredient by ingredient.
+        build: writes the outputs and returns a summary, as JSON, that depends on nothing but the ingredients.
+    """
+
+    name: str
+    title: str
+    ingredients: Mapping[str, Any]
+    build: Callable[[StageOutput], dict[str, Any]] = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the name and the ingredients, 64 hex digits."""
+        return digest_json({"stage": self.name, **self.ingredients})
+
+
+class StageOutput:
+    """Where a stage's build function writes: every file goes through the commit helper and is recorded."""
+
+    def __init__(self, folder: Path, fingerprint: str, progress: Progress) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.progress = progress
+        self.files: dict[str, FileRecord] = {}
+        self.arrays: dict[str, ShardLayout] = {}
+
+    def commit(self, name: str, write: Callable[[Path], None]) -> None:
+        """Commit the file that `write` makes at the path it is given."""
+        self.files[name] = commit(self.folder / name, write)
+
+    def commit_bytes(self, name: str, data: bytes) -> None:
+        """Commit a small file held in memory."""
+        self.files[name] = commit_bytes(self.folder / name, data)
+
+    def write_shards(
+        self, name: str, layout: ShardLayout, produce: Callable[[int, int], NDArray[Any]]
+    ) -> None:
+        """Commit a sharded array, keeping shards that an interrupted run finished; see `shards.write_shards`."""
+        self.arrays[name] = layout
+        self.files |= write_shards(
+            self.folder, name, layout, produce, fingerprint=self.fingerprint, progress=self.progress
+        )
+
+    def scratch(self, name: str) -> Path:
+        """Return a path for intermediate data; nothing under it outlives the stage."""
+        return self.folder / f"{TEMPORARY_PREFIX}{name}"
+
+
+class StageReader:
+    """A finished stage, opened to be read: every file's digest is checked before it is handed out."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Open a finished stage's folder.
+
+        Raises:
+            CorruptionError: there is no manifest, or it was changed after it was written.
+        """
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder)
+        if manifest is None:
+            raise CorruptionError(f"{self.folder} holds no finished stage: {MANIFEST} is missing; run again")
+        self.manifest = manifest
+        self.summary: dict[str, Any] = manifest["summary"]
+        self._checked: set[str] = set()
+        _warn_of_strangers(self.folder, manifest)
+
+    def path(self, name: str) -> Path:
+        """Return the path of an output file whose digest is right.
+
+        Raises:
+            CorruptionError: the file is missing or was changed.
+        """
+        if name not in self._checked:
+            check_file(self.folder / name, FileRecord(**self.manifest["files"][name]))
+            self._checked.add(name)
+        return self.folder / name
+
+    def array(self, name: str) -> ShardedArray:
+        """Open a sharded array of the stage; each shard is checked when it is first read."""
+        layout = ShardLayout(**self.manifest["arrays"][name])
+        return ShardedArray(layout, lambda shard: self.path(shard_name(name, shard)))
+
+
+def run_stage(folder: Path, stage: Stage, progress: Progress = silent) -> Ref:
+    """Return a reference to the stage's outputs under `folder`, making them only if they are not there.
+
+    Present and equal: skipped, after every digest was checked. Interrupted: finished shards are kept.
+    A missing output file is made again.
+
+    Raises:
+        CorruptionError: an output file was changed after it was written; names it.
+        StorageError: the file system refused.
+    """
+    target = folder.resolve() / "stages" / f"{stage.name}-{stage.fingerprint[:16]}"
+    # Two cells of a sweep may need the same stage at the same time: the second waits and finds it made.
+    with wait_for_lock(target.parent / ".locks" / target.name):
+        manifest = _read_manifest(target)
+        if manifest is not None and not _missing_files(target, manifest):
+            _check_files(target, manifest)
+            _warn_of_strangers(target, manifest)
+            log.info("%s: reused %s", stage.title, target.name)
+        else:
+            manifest = _make(target, stage, progress)
+    return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])
+
+
+def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
+    (target / MANIFEST).unlink(missing_ok=True)
+    _remove_temporaries(target)
+    started = time.monotonic()
+    output = StageOutput(target, stage.fingerprint, progress)
+    summary = stage.build(output)
+    _remove_temporaries(target)
+    seconds = time.monotonic() - started
+    outputs = {
+        "files": {name: vars(record) for name, record in sorted(output.files.items())},
+        "arrays": {name: vars(layout) for name, layout in sorted(output.arrays.items())},
+        "summary": summary,
+    }
+    manifest = {
+        "stage": stage.name,
+        "title": stage.title,
+        "fingerprint": stage.fingerprint,
+        "ingredients": dict(stage.ingredients),
+        **outputs,
+        "digest": digest_json(outputs),
+        "run": {
+            "seconds": round(seconds, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "versions": library_versions(),
+        },
+    }
+    commit_sealed_json(target / MANIFEST, manifest)
+    log.info("%s: made %s in %.1f s", stage.title, target.name, seconds)
+    return manifest
+
+
+def verify_stages(folder: Path) -> list[str]:
+    """Check every committed file under a run folder and return what is wrong, one line a fault; empty if nothing."""
+    faults: list[str] = []
+    for target in sorted((folder / "stages").glob("*-*")):
+        try:
+            manifest = _read_manifest(target)
+            if manifest is not None:
+                _check_files(target, manifest)
+            for sidecar in sorted(target.glob("*-[0-9]*.json")):
+                body = read_sealed_json(sidecar)
+                check_file(sidecar.with_suffix(".npy"), FileRecord(body["bytes"], body["sha256"]))
+        except CorruptionError as error:
+            faults.append(str(error))
+    return faults
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed libraries that numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _read_manifest(target: Path) -> dict[str, Any] | None:
+    path = target / MANIFEST
+    return read_sealed_json(path) if path.exists() else None
+
+
+def _missing_files(target: Path, manifest: dict[str, Any]) -> list[str]:
+    return [name for name in manifest["files"] if not (target / name).exists()]
+
+
+def _check_files(target: Path, manifest: dict[str, Any]) -> None:
+    for name, record in manifest["files"].items():
+        check_file(target / name, FileRecord(**record))
+
+
+def _warn_of_strangers(target: Path, manifest: dict[str, Any]) -> None:
+    sidecars = {str(Path(name).with_suffix(".json")) for name in manifest["files"] if name.endswith(".npy")}
+    known = {MANIFEST, *manifest["files"], *sidecars}
+    strangers = sorted(path.name for path in target.iterdir() if path.name not in known)
+    if strangers:
+        log.warning("%s: ignored files that the stage did not write: %s", target, ", ".join(strangers[:5]))
+
+
+def _remove_temporaries(target: Path) -> None:
+    for path in target.glob(f"{TEMPORARY_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
