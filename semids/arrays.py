@@ -36,9 +36,7 @@ def parse_shape(shape: str) -> tuple[int, ...]:
     sizes = tuple(int(part) for part in parts)
     for level, size in enumerate(sizes, start=1):
         if not 2 <= size <= LARGEST_CODEBOOK:
-            raise UsageError(
-                f"expected codebook sizes from 2 to {LARGEST_CODEBOOK}, got {size} on level {level}"
-            )
+            raise UsageError(f"expected codebook sizes from 2 to {LARGEST_CODEBOOK}, got {size} on level {level}")
     return sizes
 
 
@@ -100,9 +98,7 @@ def check_codes(codes: NDArray[Any], sizes: Sequence[int]) -> Codes:
         CodesError: another number of levels than `sizes`, not integers, negative, or a code >= its codebook size.
     """
     if codes.ndim != 2 or codes.shape[1] != len(sizes):
-        raise CodesError(
-            f"expected codes of shape (n, {len(sizes)}) for {format_shape(sizes)}, got {codes.shape}"
-        )
+        raise CodesError(f"expected codes of shape (n, {len(sizes)}) for {format_shape(sizes)}, got {codes.shape}")
     if not np.issubdtype(codes.dtype, np.integer):
         raise CodesError(f"expected integer codes, got {codes.dtype}")
     if len(codes):

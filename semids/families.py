@@ -29,10 +29,6 @@ def discover_members(package: str, base: type[M]) -> dict[str, type[M]]:
             continue
         module = importlib.import_module(f"{package}.{info.name}")
         for _, found in inspect.getmembers(module, inspect.isclass):
-            if (
-                issubclass(found, base)
-                and not inspect.isabstract(found)
-                and found.__module__ == module.__name__
-            ):
+            if issubclass(found, base) and not inspect.isabstract(found) and found.__module__ == module.__name__:
                 members[cast("type[Member]", found).name] = found
     return dict(sorted(members.items()))

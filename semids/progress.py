@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ class TerminalProgress:
     """Draw a bar with rate and time left for each step on standard error; nothing where that is no terminal."""
 
     def __init__(self) -> None:
-        self._bars: dict[str, tqdm[None]] = {}
+        self._bars: dict[str, tqdm[Any]] = {}
 
     def __call__(self, step: str, done: int, total: int | None, unit: str) -> None:
         if not sys.stderr.isatty():

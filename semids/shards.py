@@ -68,9 +68,7 @@ def write_shards(
         if record is None:
             array = np.ascontiguousarray(produce(start, stop), dtype=layout.dtype)
             if array.shape != (stop - start, layout.columns):
-                raise AssertionError(
-                    f"expected shard of shape {(stop - start, layout.columns)}, got {array.shape}"
-                )
+                raise AssertionError(f"expected shard of shape {(stop - start, layout.columns)}, got {array.shape}")
             record = commit(path, lambda temporary, array=array: _save(temporary, array))
             body = {"rows": stop - start, "columns": layout.columns, "dtype": layout.dtype}
             commit_sealed_json(sidecar, {**body, **vars(record), "fingerprint": fingerprint})
@@ -123,9 +121,7 @@ class ShardedArray:
         start, stop = self.layout.bounds(shard)
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.shape != (stop - start, self.layout.columns) or array.dtype != np.dtype(self.layout.dtype):
-            raise CorruptionError(
-                f"{path}: expected {(stop - start, self.layout.columns)}, got {array.shape}"
-            )
+            raise CorruptionError(f"{path}: expected {(stop - start, self.layout.columns)}, got {array.shape}")
         return array
 
     def chunks(self, rows: int) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -101,9 +101,7 @@ class StageOutput:
         """Commit a small file held in memory."""
         self.files[name] = commit_bytes(self.folder / name, data)
 
-    def write_shards(
-        self, name: str, layout: ShardLayout, produce: Callable[[int, int], NDArray[Any]]
-    ) -> None:
+    def write_shards(self, name: str, layout: ShardLayout, produce: Callable[[int, int], NDArray[Any]]) -> None:
         """Commit a sharded array, keeping shards that an interrupted run finished; see `shards.write_shards`."""
         self.arrays[name] = layout
         self.files |= write_shards(

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -168,7 +168,7 @@ _held_locks_guard = threading.Lock()
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Generator[None]:
     """Own a run folder for as long as the context lasts; other threads of the owning process may join.
 
     The kernel drops the lock when its owner dies, however it dies, so a killed run never blocks the next.
@@ -203,18 +203,18 @@ def _take_lock(folder: Path) -> int:
     except BlockingIOError:
         owner = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "an unnamed process"
         os.close(descriptor)
-        raise BusyError(
-            f"{folder} is in use by {owner}; wait for it to end, or choose another folder"
-        ) from None
+        raise BusyError(f"{folder} is in use by {owner}; wait for it to end, or choose another folder") from None
     # The command's arguments stay out: they may hold what the owner would not show to others.
-    owner = f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name}, since {time.strftime('%F %T')})"
+    owner = (
+        f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name}, since {time.strftime('%F %T')})"
+    )
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, owner.encode(), 0)
     return descriptor
 
 
 @contextlib.contextmanager
-def wait_for_lock(path: Path) -> Iterator[None]:
+def wait_for_lock(path: Path) -> Generator[None]:
     """Hold an exclusive lock on the file `path`, waiting for whoever has it, in this process or another."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
