@@ -1,0 +1,131 @@
+"""The quantizer family: a space, residual codebooks in it, and a mapping, trained in steps that runs can share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semids.arrays import Codes, Vectors
+from semids.families import discover_members
+from semids.progress import Progress
+from semids.settings import Settings
+from semids.shards import ShardedArray
+
+MappingName = Literal["nearest", "uniform"]
+MAPPINGS: tuple[MappingName, ...] = get_args(MappingName)
+
+Tensors = dict[str, NDArray[Any]]
+"""Named arrays, as a safetensors file holds them."""
+
+
+class QuantizerSettings(Settings):
+    """Base of a member's own settings: what shape, mapping and seed leave open. Every field has a default."""
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A part of the training whose outcome is a file of its own; equal steps of two configurations run once.
+
+    Args:
+        title: what a person reads in the dashboard.
+        parameters: everything besides the vectors and the needed steps that decides the outcome, as JSON.
+        needs: names of earlier steps whose tensors this one starts from.
+    """
+
+    name: str
+    title: str
+    parameters: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a training step leaves: tensors, and JSON evidence of how it went (convergence, dead codes, error)."""
+
+    tensors: Tensors
+    evidence: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The vectors to train on.
+
+    Args:
+        vectors: all distinct contents, (D, d).
+        rows: (n,) int64, sorted: the contents of the training split.
+    """
+
+    vectors: ShardedArray
+    rows: NDArray[np.int64]
+
+
+class FrozenQuantizer(ABC):
+    """A trained quantizer: a pure function from vectors to codes, and back to approximate vectors."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, ...]:
+        """Codebook size of each level."""
+
+    @property
+    @abstractmethod
+    def dimensions(self) -> int:
+        """Width d of the vectors."""
+
+    @abstractmethod
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return the (n, L) codes of (n, d) vectors."""
+
+    @abstractmethod
+    def decode(self, codes: Codes, *, depth: int | None = None) -> NDArray[np.float32]:
+        """Return (n, d) float32 reconstructions in input space from the first `depth` levels (default all)."""
+
+    @abstractmethod
+    def squared_errors(self, vectors: Vectors, codes: Codes) -> NDArray[np.float32]:
+        """Return the (n, L) squared distances of vectors to their reconstructions, by depth, in input space."""
+
+
+class Quantizer(ABC):
+    """A way to train codebooks of a shape under a mapping."""
+
+    name: ClassVar[str]
+    """How configurations name the member."""
+    settings_type: ClassVar[type[QuantizerSettings]]
+    mappings: ClassVar[tuple[MappingName, ...]]
+    """The mappings it can train under."""
+
+    def __init__(self, sizes: Sequence[int], mapping: MappingName, settings: Any, *, seed: int) -> None:
+        """Keep the parameters; `settings` is of the member's `settings_type`."""
+        self.sizes = tuple(sizes)
+        self.mapping: MappingName = mapping
+        self.settings = settings
+        self.seed = seed
+
+    @abstractmethod
+    def training_steps(self) -> list[TrainingStep]:
+        """Return the steps of the training, each after those it needs."""
+
+    @abstractmethod
+    def run_step(
+        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+    ) -> StepOutcome:
+        """Return a step's outcome, a function of its arguments alone; `needed` holds the tensors by step name."""
+
+    @abstractmethod
+    def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:
+        """Return the tensors of the frozen quantizer from those of every step."""
+
+    @staticmethod
+    @abstractmethod
+    def freeze(tensors: Tensors) -> FrozenQuantizer:
+        """Return the quantizer that `assemble`d tensors describe."""
+
+
+def quantizer_types() -> dict[str, type[Quantizer]]:
+    """Return the members of the family by name."""
+    return discover_members("semids.quantizers", Quantizer)

@@ -1,0 +1,181 @@
+"""Residual k-means: one codebook a level, fitted to what the levels before it left over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from semids.balance import Potentials, fit_potentials
+from semids.kmeans import ROWS_PER_CODEWORD, fit_codebook, sample_rows
+from semids.progress import Progress
+from semids.quantizers.base import (
+    FrozenQuantizer,
+    MappingName,
+    Quantizer,
+    QuantizerSettings,
+    StepOutcome,
+    Tensors,
+    TrainingData,
+    TrainingStep,
+)
+from semids.residual import ResidualCodebooks
+
+REFIT_STEPS = 6
+"""Lloyd steps under the uniform assignment: on real product vectors none costs 13 % of error, 4 leave 1.2 %
+above the nearest mapping, 12 leave 0.7 %."""
+RELATIVE_EPSILON = 0.01
+"""Smoothing of the uniform mapping over the standard deviation of its costs."""
+MAX_ITERATIONS = 1000
+COST_BYTES = 1 << 30
+"""Largest cost matrix that potentials are fitted on; it bounds their sample at large codebooks."""
+
+
+class ResidualKMeansSettings(QuantizerSettings):
+    """How the codebooks of residual k-means are fitted."""
+
+    iterations: int = Field(25, ge=1, le=1000)
+    """Lloyd steps of a start. More than 50 gain little."""
+    restarts: int = Field(3, ge=1, le=100)
+    """Independent starts of a level, of which the best is kept; time grows in proportion."""
+
+
+class FrozenResidualKMeans(ResidualCodebooks, FrozenQuantizer):
+    """Residual codebooks in the space of the vectors themselves."""
+
+
+class ResidualKMeans(Quantizer):
+    """Train level by level: first the codebooks of the nearest mapping, then, if asked, the uniform mapping on them.
+
+    Level l is a step of its own and depends on nothing after it, so shapes with a common beginning share it.
+    """
+
+    name: ClassVar[str] = "residual_kmeans"
+    settings_type: ClassVar[type[QuantizerSettings]] = ResidualKMeansSettings
+    mappings: ClassVar[tuple[MappingName, ...]] = ("nearest", "uniform")
+    settings: ResidualKMeansSettings
+
+    def training_steps(self) -> list[TrainingStep]:
+        """Return one step a level for the codebooks, then one a level for the uniform mapping."""
+        steps: list[TrainingStep] = []
+        for level, size in enumerate(self.sizes, start=1):
+            steps.append(
+                TrainingStep(
+                    name=f"codebook-{level}",
+                    title=f"Fit codebook {level} ({size} codewords)",
+                    parameters={"size": size, "seed": self.seed, **self.settings.model_dump()},
+                    needs=tuple(f"codebook-{before}" for before in range(1, level)),
+                )
+            )
+        if self.mapping == "uniform":
+            for level, size in enumerate(self.sizes, start=1):
+                steps.append(
+                    TrainingStep(
+                        name=f"uniform-{level}",
+                        title=f"Balance level {level} ({size} codewords)",
+                        parameters={"size": size, "seed": self.seed},
+                        needs=(*(f"uniform-{before}" for before in range(1, level)), f"codebook-{level}"),
+                    )
+                )
+        return steps
+
+    def run_step(
+        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+    ) -> StepOutcome:
+        """Fit one codebook, or balance one, on the residuals of a sample of the training rows."""
+        kind, level = step.name.split("-")
+        sample = sample_rows(len(data.rows), ROWS_PER_CODEWORD * self.sizes[int(level) - 1], seed=self.seed)
+        residuals = data.vectors.take(data.rows[sample]).astype(np.float32, copy=False)
+        if int(level) > 1:
+            before = _codebooks([needed[f"{kind}-{number}"] for number in range(1, int(level))])
+            residuals = before.residuals(residuals)
+        if kind == "codebook":
+            return self._fit_codebook(residuals, int(level))
+        return _balance(residuals, needed[f"codebook-{level}"]["codebook"], seed=self.seed)
+
+    def _fit_codebook(self, residuals: NDArray[np.float32], level: int) -> StepOutcome:
+        size = self.sizes[level - 1]
+        fit = fit_codebook(
+            residuals,
+            size,
+            iterations=self.settings.iterations,
+            restarts=self.settings.restarts,
+            seed=self.seed,
+        )
+        evidence = {
+            "rows": len(residuals),
+            "mean_squared_error": fit.mean_squared_error,
+            "distinct_codewords": fit.distinct_codewords,
+        }
+        return StepOutcome({"codebook": fit.codebook, "potentials": np.zeros(size, np.float32)}, evidence)
+
+    def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:
+        """Return `codebook_l` (K_l, d) and `potentials_l` (K_l,) float32 for every level l from 1."""
+        kind = "codebook" if self.mapping == "nearest" else self.mapping
+        return {
+            f"{part}_{level}": outcomes[f"{kind}-{level}"][part]
+            for level in range(1, len(self.sizes) + 1)
+            for part in ("codebook", "potentials")
+        }
+
+    @staticmethod
+    def freeze(tensors: Tensors) -> FrozenQuantizer:
+        """Return the codebooks and potentials as a quantizer."""
+        levels = range(1, len(tensors) // 2 + 1)
+        return _codebooks(
+            [{"codebook": tensors[f"codebook_{n}"], "potentials": tensors[f"potentials_{n}"]} for n in levels]
+        )
+
+
+def _codebooks(levels: list[Tensors]) -> FrozenResidualKMeans:
+    return FrozenResidualKMeans(
+        tuple(level["codebook"] for level in levels), tuple(level["potentials"] for level in levels)
+    )
+
+
+def _balance(residuals: NDArray[np.float32], codebook: NDArray[np.float32], *, seed: int) -> StepOutcome:
+    """Move a codebook to the centroids of a balanced assignment, and find its potentials."""
+    size = len(codebook)
+    fitted_on = residuals[sample_rows(len(residuals), COST_BYTES // (4 * size), seed=seed)]
+    potentials = _fit_uniform(fitted_on, codebook, start=None)
+    for _ in range(REFIT_STEPS):
+        codebook = _centroids(residuals, FrozenResidualKMeans((codebook,), (potentials.values,)))
+        potentials = _fit_uniform(fitted_on, codebook, start=potentials.values)
+    evidence: dict[str, Any] = {
+        "rows": len(residuals),
+        "potentials_rows": len(fitted_on),
+        "converged": potentials.converged,
+        "marginal_error": potentials.marginal_error,
+        "iterations": potentials.iterations,
+        "epsilon": potentials.epsilon,
+        "load_min": potentials.load_min,
+        "load_max": potentials.load_max,
+    }
+    return StepOutcome({"codebook": codebook, "potentials": potentials.values}, evidence)
+
+
+def _fit_uniform(
+    residuals: NDArray[np.float32], codebook: NDArray[np.float32], *, start: NDArray[np.float32] | None
+) -> Potentials:
+    costs = residuals @ (-2 * codebook.T)
+    costs += np.einsum("kd,kd->k", codebook, codebook)
+    costs += np.einsum("nd,nd->n", residuals, residuals)[:, None]
+    spread = float(costs.std(dtype=np.float64))
+    # Constant costs (every residual zero) leave nothing to balance; any smoothing gives zero potentials.
+    epsilon = RELATIVE_EPSILON * spread or 1.0
+    return fit_potentials(costs, epsilon=epsilon, max_iterations=MAX_ITERATIONS, start=start)
+
+
+def _centroids(residuals: NDArray[np.float32], assignment: FrozenResidualKMeans) -> NDArray[np.float32]:
+    codes = assignment.assign(residuals)[:, 0]
+    codebook = assignment.codebooks[0]
+    order = np.argsort(codes, kind="stable")
+    counts = np.bincount(codes, minlength=len(codebook))
+    used = np.flatnonzero(counts)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])[used]
+    centroids = codebook.copy()
+    centroids[used] = np.add.reduceat(residuals[order], starts, axis=0, dtype=np.float64) / counts[used, None]
+    return centroids

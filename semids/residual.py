@@ -1,0 +1,132 @@
+"""Residual codebooks: every level quantizes what the levels before it left over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype
+from semids.errors import ShapeError
+
+CHUNK_ROWS = 2048
+"""Rows scored at a time: their scores (rows × codewords of all levels) stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class ResidualCodebooks:
+    """The codebooks of L levels and the potentials of their mapping.
+
+    Args:
+        codebooks: one (K_l, d) float32 array a level.
+        potentials: one (K_l,) float32 array a level, in squared units of the vectors: the code of a residual is
+            argmin(squared distance − potential). All zero is the nearest mapping.
+
+    Raises:
+        ShapeError: no level, unequal widths, or potentials that do not match their codebook.
+    """
+
+    codebooks: tuple[NDArray[np.float32], ...]
+    potentials: tuple[NDArray[np.float32], ...]
+    _scores: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+    _products: dict[tuple[int, int], NDArray[np.float32]] = field(init=False, repr=False, compare=False)
+    _biases: tuple[NDArray[np.float32], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.codebooks or len({codebook.shape[1] for codebook in self.codebooks}) != 1:
+            raise ShapeError(f"expected codebooks of one width, got shapes {[c.shape for c in self.codebooks]}")
+        sizes = [len(codebook) for codebook in self.codebooks]
+        if [potential.shape for potential in self.potentials] != [(size,) for size in sizes]:
+            raise ShapeError(
+                f"expected one potential for each of {sizes} codewords, got shapes {[p.shape for p in self.potentials]}"
+            )
+        # |r − c|² − p = |r|² + (|c|² − p) − 2·x·c + 2·Σ(c_before·c): one product of the vectors with all
+        # codewords, and products among codewords that do not depend on the vectors. Scaling by −2 is exact.
+        object.__setattr__(self, "_scores", np.ascontiguousarray(-2 * np.concatenate(self.codebooks).T))
+        products = {
+            (before, level): 2 * self.codebooks[before] @ self.codebooks[level].T
+            for level in range(len(sizes))
+            for before in range(level)
+        }
+        object.__setattr__(self, "_products", products)
+        biases = tuple(
+            np.einsum("kd,kd->k", codebook, codebook) - potential
+            for codebook, potential in zip(self.codebooks, self.potentials, strict=True)
+        )
+        object.__setattr__(self, "_biases", biases)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Codebook size of each level."""
+        return tuple(len(codebook) for codebook in self.codebooks)
+
+    @property
+    def dimensions(self) -> int:
+        """Width d of the vectors."""
+        return self.codebooks[0].shape[1]
+
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return the (n, L) codes of (n, d) vectors, greedily level by level, in the smallest unsigned type.
+
+        The code of a row is a function of that row and the codebooks alone, but for ties closer than
+        float32 rounding, which may fall either way with the number of rows and threads of a product.
+
+        Raises:
+            ShapeError: another width than the codebooks', or rows that are not usable.
+        """
+        return self.assign(check_vectors(vectors, dimensions=self.dimensions))
+
+    def assign(self, rows: Vectors) -> Codes:
+        """Return the codes of rows that are known to be finite and of the right width; zero rows are fine."""
+        codes = np.empty((len(rows), len(self.sizes)), dtype=code_dtype(self.sizes))
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = rows[start : start + CHUNK_ROWS].astype(np.float32, copy=False)
+            codes[start : start + CHUNK_ROWS] = self._encode_chunk(chunk)
+        return codes
+
+    def _encode_chunk(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        scores = vectors @ self._scores
+        codes = np.empty((len(vectors), len(self.sizes)), dtype=np.int64)
+        end = 0
+        for level, size in enumerate(self.sizes):
+            start, end = end, end + size
+            level_scores = scores[:, start:end]
+            level_scores += self._biases[level]
+            for before in range(level):
+                level_scores += self._products[before, level][codes[:, before]]
+            codes[:, level] = level_scores.argmin(axis=1)
+        return codes
+
+    def decode(self, codes: Codes, *, depth: int | None = None) -> NDArray[np.float32]:
+        """Return (n, d) float32 reconstructions: the sum of the codewords of the first `depth` levels (default all).
+
+        Raises:
+            CodesError: codes outside their codebooks.
+        """
+        check_codes(codes, self.sizes)
+        total = np.zeros((len(codes), self.dimensions), dtype=np.float32)
+        for level in range(len(self.sizes) if depth is None else depth):
+            total += self.codebooks[level][codes[:, level]]
+        return total
+
+    def squared_errors(self, vectors: Vectors, codes: Codes) -> NDArray[np.float32]:
+        """Return the (n, L) squared distances of vectors to their reconstructions by depth, squared vector units."""
+        check_codes(codes, self.sizes)
+        errors = np.empty(codes.shape, dtype=np.float32)
+        for start in range(0, len(codes), CHUNK_ROWS):
+            part = slice(start, start + CHUNK_ROWS)
+            residual = vectors[part].astype(np.float32)
+            for level, codebook in enumerate(self.codebooks):
+                residual -= codebook[codes[part, level]]
+                errors[part, level] = np.einsum("nd,nd->n", residual, residual)
+        return errors
+
+    def residuals(self, vectors: Vectors) -> NDArray[np.float32]:
+        """Return (n, d) float32: the vectors minus their reconstructions."""
+        residuals = vectors.astype(np.float32)
+        codes = self.encode(vectors)
+        for start in range(0, len(codes), CHUNK_ROWS):
+            part = slice(start, start + CHUNK_ROWS)
+            residuals[part] -= self.decode(codes[part])
+        return residuals
