@@ -49,9 +49,9 @@ def code_digest(function: Callable[..., Any], modules: Iterable[str] = ()) -> di
         for node in ast.walk(tree):
             named = current.__globals__.get(node.id) if isinstance(node, ast.Name) else None
             home = getattr(named, "__module__", None) or getattr(named, "__name__", "")
-            if named is not None and home == own and inspect.isfunction(named):
+            if inspect.isfunction(named) and home == own:
                 waiting.append(named)
-            elif isinstance(home, str) and home.startswith(f"{PACKAGE}.") and home != own:
+            elif isinstance(home, str) and home.startswith(f"{PACKAGE}."):
                 reached.add(home)
     for module in sorted(_closure(reached)):
         digests[module] = _module_digest(module)

@@ -158,17 +158,34 @@ def run_stage(folder: Path, stage: Stage, progress: Progress = silent) -> Ref:
         CorruptionError: an output file was changed after it was written; names it.
         StorageError: the file system refused.
     """
-    target = folder.resolve() / "stages" / f"{stage.name}-{stage.fingerprint[:16]}"
+    target = _folder_of(folder, stage)
     # Two cells of a sweep may need the same stage at the same time: the second waits and finds it made.
     with wait_for_lock(target.parent / ".locks" / target.name):
-        manifest = _read_manifest(target)
-        if manifest is not None and not _missing_files(target, manifest):
-            _check_files(target, manifest)
-            _warn_of_strangers(target, manifest)
+        found = find_stage(folder, stage)
+        if found is not None:
             log.info("%s: reused %s", stage.title, target.name)
-        else:
-            manifest = _make(target, stage, progress)
+            return found
+        manifest = _make(target, stage, progress)
     return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])
+
+
+def find_stage(folder: Path, stage: Stage) -> Ref | None:
+    """Return the reference to a stage's outputs under `folder` if all of them are there, every byte as recorded.
+
+    Raises:
+        CorruptionError: an output file was changed after it was written; names it.
+    """
+    target = _folder_of(folder, stage)
+    manifest = _read_manifest(target)
+    if manifest is None or _missing_files(target, manifest):
+        return None
+    _check_files(target, manifest)
+    _warn_of_strangers(target, manifest)
+    return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])
+
+
+def _folder_of(folder: Path, stage: Stage) -> Path:
+    return folder.resolve() / "stages" / f"{stage.name}-{stage.fingerprint[:16]}"
 
 
 def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
@@ -202,20 +219,36 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     return manifest
 
 
-def verify_stages(folder: Path) -> list[str]:
-    """Check every committed file under a run folder and return what is wrong, one line a fault; empty if nothing."""
+def verify_stages(folder: Path) -> tuple[int, list[str]]:
+    """Check every committed file under a run folder.
+
+    Returns:
+        The number of files checked, and what is wrong, one line a fault; empty if nothing.
+    """
+    checked = 0
     faults: list[str] = []
-    for target in sorted((folder / "stages").glob("*-*")):
+    for target in sorted(path for path in (folder / "stages").iterdir() if not path.name.startswith(".")):
+        sidecars = {path.name for path in target.glob("*-[0-9]*.json")}
+        named = sidecars | {path.with_suffix(".npy").name for path in map(Path, sidecars)}
+        records: dict[str, FileRecord] = {}
         try:
+            checked += 1
             manifest = _read_manifest(target)
             if manifest is not None:
-                _check_files(target, manifest)
-            for sidecar in sorted(target.glob("*-[0-9]*.json")):
-                body = read_sealed_json(sidecar)
-                check_file(sidecar.with_suffix(".npy"), FileRecord(body["bytes"], body["sha256"]))
+                records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
         except CorruptionError as error:
             faults.append(str(error))
-    return faults
+        for name in sorted(named | records.keys()):
+            checked += 1
+            try:
+                if name in sidecars:
+                    body = read_sealed_json(target / name)
+                    records.setdefault(str(Path(name).with_suffix(".npy")), FileRecord(body["bytes"], body["sha256"]))
+                elif name in records:
+                    check_file(target / name, records[name])
+            except CorruptionError as error:
+                faults.append(str(error))
+    return checked, faults
 
 
 def peak_rss_bytes() -> int:
@@ -263,3 +296,18 @@ def _remove_temporaries(target: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def reference(folder: Path | str) -> Ref:
+    """Return the reference to the finished stage in a folder.
+
+    Raises:
+        CorruptionError: there is none, or its manifest was changed.
+    """
+    reader = StageReader(folder)
+    return Ref(
+        stage=reader.manifest["stage"],
+        path=str(reader.folder.resolve()),
+        fingerprint=reader.manifest["fingerprint"],
+        digest=reader.manifest["digest"],
+    )

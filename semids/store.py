@@ -42,10 +42,10 @@ def commit(path: Path, write: Callable[[Path], None]) -> FileRecord:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
+        _fill(temporary, write)
         _flush(temporary)
         record = FileRecord(temporary.stat().st_size, digest_file(temporary))
-        temporary.replace(path)
+        _rename(temporary, path)
         _flush(path.parent)
     except OSError as error:
         raise _storage_error("write", path, error) from error
@@ -63,6 +63,14 @@ def commit_bytes(path: Path, data: bytes) -> FileRecord:
             file.write(data)
 
     return commit(path, write)
+
+
+def _fill(path: Path, write: Callable[[Path], None]) -> None:
+    write(path)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    temporary.replace(path)
 
 
 def _flush(path: Path) -> None:

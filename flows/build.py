@@ -1,0 +1,38 @@
+"""Build one configuration, from a catalogue to semantic IDs and a report.
+
+Run it with `python -m flows.build CONFIG.yaml`, or from a deployment.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from prefect import flow
+
+from tasks.cells import CellOutcome, own_run_folder, print_outcome, publish
+from tasks.parameters import BuildConfig, read_config
+from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogue, train_quantizer, write_report
+
+
+@flow(name="build", flow_run_name="build · {config.label}")
+def build(config: BuildConfig) -> CellOutcome:
+    """Turn a catalogue into semantic IDs under one configuration.
+
+    Args:
+        config: the catalogue, the embedding model, the shape and how its codebooks are made.
+    """
+    with own_run_folder(config):
+        items = scan_catalogue(config)
+        vectors = make_vectors(config, items)
+        model = train_quantizer(config, items, vectors)
+        codes = encode_vectors(config, vectors, model)
+        ids = assign_ids(config, items, codes)
+        report = write_report(config, items, vectors, model, codes)
+        outcome = CellOutcome(label=config.label, model=model, ids=ids, report=report)
+        publish(config, outcome)
+    return outcome
+
+
+if __name__ == "__main__":
+    build_config = read_config(sys.argv[1], BuildConfig)
+    print_outcome(build(build_config), build_config.out)

@@ -1,0 +1,68 @@
+"""Build every combination of shapes, mappings and quantizers, and compare them.
+
+Run it with `python -m flows.sweep CONFIG.yaml`, or from a deployment.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from prefect import flow, task
+from prefect.states import State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from tasks.cells import CellOutcome, collect, compare, find_cell, own_run_folder, print_comparison, publish, sweep_state
+from tasks.parameters import BuildConfig, Ref, SweepConfig, read_config
+from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogue, train_quantizer, write_report
+
+CELLS_AT_A_TIME = 2
+
+
+@flow(name="cell", flow_run_name="{config.label}")
+def cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
+    """Train, encode and report one configuration of a sweep, on the vectors that all cells share."""
+    model = train_quantizer(config, items, vectors)
+    codes = encode_vectors(config, vectors, model)
+    ids = assign_ids(config, items, codes)
+    report = write_report(config, items, vectors, model, codes)
+    return CellOutcome(label=config.label, model=model, ids=ids, report=report)
+
+
+@task(task_run_name="cell {config.label}")
+def run_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
+    """Run a cell as a flow with a page of its own, or find that nothing is left to do.
+
+    A retried sweep matches subflows by the order of their calls, which threads do not keep; this task finds
+    a cell by its files instead, so no cell ever gets the outcome of another.
+    """
+    outcome = find_cell(config, items, vectors) or cell(config, items, vectors)
+    publish(config, outcome)
+    return outcome
+
+
+@flow(
+    name="sweep",
+    flow_run_name="sweep · {config.label}",
+    task_runner=ThreadPoolTaskRunner(max_workers=CELLS_AT_A_TIME),
+)
+def sweep(config: SweepConfig) -> State[Any]:
+    """Build every combination of shapes, mappings and quantizers over one catalogue, and compare them.
+
+    Args:
+        config: the catalogue, the embedding model, and the lists whose combinations are the cells.
+    """
+    with own_run_folder(config):
+        items = scan_catalogue(config)
+        vectors = make_vectors(config, items)
+        cells = config.cells()
+        futures = [run_cell.submit(one, items, vectors) for one in cells]
+        outcomes = collect(cells, futures)
+        compare(config, outcomes)
+    return sweep_state(outcomes)
+
+
+if __name__ == "__main__":
+    sweep_config = read_config(sys.argv[1], SweepConfig)
+    sweep(sweep_config, return_state=True)
+    sys.exit(print_comparison(sweep_config))

@@ -1,0 +1,218 @@
+"""The command line: the whole job in one process, without Prefect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from semids import pipeline, runs
+from semids.arrays import parse_shape
+from semids.config import BuildConfig, make_config, read_config
+from semids.errors import CorruptionError, SemidsError, StorageError, UsageError
+from semids.page import render_text
+from semids.progress import TerminalProgress
+from semids.report import comparison_rows, format_table
+from semids.reporting import read_report, report_codes
+from semids.sample import write_sample_catalogue
+from semids.stages import Ref, verify_stages
+from semids.store import commit, run_lock
+
+OPTIONS: dict[str, tuple[str, str]] = {
+    # option: (place in the configuration, help)
+    "--id-column": ("catalogue.id_column", "column with the item ids"),
+    "--text-column": ("catalogue.text_column", "column with the item texts"),
+    "--template": ("catalogue.template", r"text from columns, as '{title}\nBrand: {brand}'"),
+    "--vector-column": ("catalogue.vector_column", "column with vectors, instead of texts"),
+    "--split-column": ("catalogue.split_column", "column with the split of each item"),
+    "--brand-column": ("catalogue.brand_column", "column with brands, to count distinct products"),
+    "--category-column": ("catalogue.category_column", "column with categories, to count distinct products"),
+    "--model": ("embedder.model", "folder, hub id or package:NAME/FOLDER of a Hugging Face encoder"),
+    "--revision": ("embedder.revision", "commit of a hub model"),
+    "--seed": ("seed", "decides samples and starts"),
+    "--out": ("out", "run folder; what it holds is reused"),
+}
+SHAPE_OPTIONS: dict[str, tuple[str, str]] = {
+    "--shape": ("shape", "codebook sizes, first level first, as 256x256x256"),
+    "--mapping": ("mapping", "nearest or uniform"),
+    "--quantizer": ("quantizer", "how codebooks are made"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, or that of sysexits(3) for the error that ended it."""
+    to_terminal = sys.stderr.isatty()
+    logging.basicConfig(
+        level=logging.INFO if to_terminal else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
+    for chatty in ("transformers", "sentence_transformers", "huggingface_hub", "httpx", "faiss"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        parsed = _parser().parse_args(arguments)
+        return int(parsed.run(parsed) or 0)
+    except SemidsError as error:
+        print(f"semids: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"semids: {error}; run the same command again: finished work is kept", file=sys.stderr)
+        return StorageError.exit_code
+    except KeyboardInterrupt:
+        print("semids: interrupted; run the same command again to go on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="semids", description="Turn a catalogue of items into semantic IDs.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        return added
+
+    tokenize = command("tokenize", _tokenize, "catalogue or vectors in, semantic IDs and a collision report out")
+    tokenize.add_argument("input", nargs="?", help="catalogue (Parquet, JSONL, CSV) or vectors (.npy, Parquet)")
+    _add_options(tokenize, OPTIONS | SHAPE_OPTIONS)
+    tokenize.add_argument("--suffix", action="store_true", default=None, help="add a last token that makes IDs unique")
+
+    encode = command("encode", _encode, "give new items their IDs from a frozen model")
+    encode.add_argument("model_folder", help="model folder, for example runs/results/256x256x256-nearest-…/model")
+    encode.add_argument("input", help="new items: catalogue or vectors")
+    _add_options(encode, {k: v for k, v in OPTIONS.items() if k not in ("--model", "--revision", "--split-column")})
+
+    adopt = command("adopt", _adopt, "register embeddings that were computed elsewhere or by an older version")
+    adopt.add_argument("vectors", help=".npy in catalogue order, Parquet with the id column, or an older vectors stage")
+    adopt.add_argument("input", nargs="?", help="catalogue that the vectors belong to")
+    adopt.add_argument("--reason", required=True, help="kept on record beside the vectors")
+    _add_options(adopt, OPTIONS)
+
+    report = command("report", _report, "collision figures of codes, also published ones, or of a run folder")
+    report.add_argument("codes", help="Parquet with columns c0, c1, …, or a run folder")
+    report.add_argument("--shape", help="codebook sizes; figures that need them are null without")
+    report.add_argument("--json", action="store_true", help="print every figure as JSON")
+
+    verify = command("verify", _verify, "check every committed file of a run folder against its digest")
+    verify.add_argument("folder")
+
+    sample = command("sample", _sample, "write the sample catalogue, about 3,000 products")
+    sample.add_argument("path", help="Parquet file to write")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, options: dict[str, tuple[str, str]]) -> None:
+    parser.add_argument("--config", help="YAML file with the configuration that the flows take; options override it")
+    for option, (place, text) in options.items():
+        parser.add_argument(option, dest=place, metavar="X", help=text)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other parameter, as options.residual_kmeans.restarts=10",
+    )
+
+
+def _config(parsed: argparse.Namespace, base: dict[str, Any] | None = None) -> BuildConfig:
+    """Return the configuration of a command: the base or --config, then options over it."""
+    values = base or {}
+    if parsed.config:
+        values = read_config(parsed.config, BuildConfig).model_dump(mode="json")
+    if parsed.input is not None:
+        _put(values, "catalogue.path", parsed.input)
+    for place, value in vars(parsed).items():
+        if value is not None and (place in ("seed", "out", "suffix", *_places(SHAPE_OPTIONS)) or "." in place):
+            _put(values, place, value.replace("\\n", "\n") if place == "catalogue.template" else value)
+    for assignment in parsed.set:
+        place, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"expected --set KEY=VALUE, got {assignment!r}")
+        _put(values, place, yaml.safe_load(value))
+    return make_config(BuildConfig, values, source="command line")
+
+
+def _places(options: dict[str, tuple[str, str]]) -> list[str]:
+    return [place for place, _ in options.values()]
+
+
+def _put(values: dict[str, Any], place: str, value: Any) -> None:
+    *parents, last = place.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[last] = value
+
+
+def _tokenize(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    folder = Path(config.out)
+    with run_lock(folder):
+        refs = runs.build(config, runs.local_runner(folder, TerminalProgress()))
+        where = runs.publish(folder, config.label, refs)
+    _print_figures([refs.report])
+    print(f"\nSemantic IDs, report and model: {where}")
+
+
+def _encode(parsed: argparse.Namespace) -> None:
+    model_folder = Path(parsed.model_folder)
+    config = _config(parsed, base=runs.encoding_config(model_folder))
+    folder = Path(config.out)
+    with run_lock(folder):
+        refs = runs.encode_items(config, model_folder, runs.local_runner(folder, TerminalProgress()))
+        where = runs.publish(folder, config.label, refs)
+    _print_figures([refs.report])
+    print(f"\nSemantic IDs and report: {where}")
+
+
+def _adopt(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    folder = Path(config.out)
+    with run_lock(folder):
+        run = runs.local_runner(folder, TerminalProgress())
+        items = run(pipeline.scan_catalogue(config))
+        vectors = run(runs.adopt_vectors(config, items, Path(parsed.vectors), parsed.reason))
+    print(f"Adopted as {vectors.path}: runs with this catalogue and model use these vectors.")
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    path = Path(parsed.codes)
+    if path.is_dir():
+        rows = comparison_rows(runs.published_reports(path))
+        print(json.dumps(rows, indent=1) if parsed.json else format_table(rows))
+        return
+    report = report_codes(path, parse_shape(parsed.shape) if parsed.shape else None)
+    print(report.to_json() if parsed.json else render_text(report))
+
+
+def _print_figures(reports: Sequence[Ref]) -> None:
+    print(format_table(comparison_rows(read_report(ref) for ref in reports)))
+
+
+def _verify(parsed: argparse.Namespace) -> None:
+    folder = Path(parsed.folder)
+    if not (folder / "stages").is_dir():
+        raise UsageError(f"{folder} is not a run folder: it has no stages folder")
+    checked, faults = verify_stages(folder)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        raise CorruptionError(f"{len(faults)} of {checked} committed files are not as they were written")
+    print(f"{checked} committed files are as they were written")
+
+
+def _sample(parsed: argparse.Namespace) -> None:
+    commit(Path(parsed.path), write_sample_catalogue)
+    print(f"Sample catalogue: {parsed.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

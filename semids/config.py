@@ -1,0 +1,185 @@
+"""What a run is asked to do: the same models for the library, the command line, YAML files and the flows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, create_model, field_validator, model_validator
+
+from semids.arrays import format_shape, parse_shape
+from semids.embedders.base import Embedder, EmbedderSettings, embedder_types
+from semids.errors import UsageError
+from semids.catalogue import CatalogueSettings
+from semids.quantizers.base import MAPPINGS, MappingName, Quantizer, QuantizerSettings, quantizer_types
+from semids.settings import Settings
+
+QUANTIZERS = quantizer_types()
+EMBEDDERS = embedder_types()
+
+SIX_SHAPES = tuple(format_shape([size] * levels) for levels in (3, 4) for size in (128, 256, 512))
+
+
+def _known_quantizer(name: str) -> str:
+    if name not in QUANTIZERS:
+        raise ValueError(f"expected one of {', '.join(QUANTIZERS)}, got {name!r}")
+    return name
+
+
+def _usable_shape(shape: str) -> str:
+    try:
+        return format_shape(parse_shape(shape))
+    except UsageError as error:
+        # pydantic collects ValueErrors and names the field.
+        raise ValueError(str(error)) from None
+
+
+QuantizerName = Annotated[
+    str, AfterValidator(_known_quantizer), WithJsonSchema({"type": "string", "enum": list(QUANTIZERS)})
+]
+Shape = Annotated[str, AfterValidator(_usable_shape)]
+
+if TYPE_CHECKING:
+    AnyEmbedderSettings = EmbedderSettings
+    QuantizerOptions = Settings
+else:
+    # The families decide: a new member appears here, in the run form and in YAML because its file exists.
+    AnyEmbedderSettings = Union[tuple(member.settings_type for member in EMBEDDERS.values())]
+    if len(get_args(AnyEmbedderSettings)) > 1:
+        AnyEmbedderSettings = Annotated[AnyEmbedderSettings, Field(discriminator="kind")]
+    QuantizerOptions = create_model(
+        "QuantizerOptions",
+        __base__=Settings,
+        __doc__="How each quantizer trains.",
+        **{name: (member.settings_type, member.settings_type()) for name, member in QUANTIZERS.items()},
+    )
+
+
+class CommonConfig(Settings):
+    """What one configuration and a sweep of them have in common."""
+
+    catalogue: CatalogueSettings
+    """The items, and where their texts or vectors are."""
+    embedder: AnyEmbedderSettings = Field(default_factory=lambda: EMBEDDERS["transformer"].settings_type())
+    """The model that turns texts into vectors; unused where the catalogue holds vectors."""
+    options: QuantizerOptions = Field(default_factory=QuantizerOptions)
+    """How each quantizer trains."""
+    suffix: bool = False
+    """Add a last token that makes every item's ID unique (TIGER's way of resolving collisions)."""
+    seed: int = Field(0, ge=0, lt=1 << 31)
+    """Decides samples and starts: the same seed gives the same IDs."""
+    out: str = "runs"
+    """Run folder. What it already holds is reused; another process may not write to it at the same time."""
+
+    @field_validator("out")
+    @classmethod
+    def _plain_folder(cls, out: str) -> str:
+        if not out.strip() or "\0" in out:
+            raise ValueError("expected a folder, got an empty name or one with a NUL character")
+        return out
+
+    def make_embedder(self) -> Embedder:
+        """Return the embedder, not loaded yet."""
+        return EMBEDDERS[getattr(self.embedder, "kind")](self.embedder)  # noqa: B009
+
+
+class BuildConfig(CommonConfig):
+    """One configuration: a catalogue, a model, a shape, a mapping, a quantizer."""
+
+    shape: Shape = "256x256x256"
+    """Codebook sizes, first level first, joined by x."""
+    mapping: MappingName = "nearest"
+    """nearest: least error. uniform: every codeword of a level equally used."""
+    quantizer: QuantizerName = "residual_kmeans"
+    """How codebooks are made."""
+
+    @model_validator(mode="after")
+    def _mapping_exists(self) -> BuildConfig:
+        mappings = QUANTIZERS[self.quantizer].mappings
+        if self.mapping not in mappings:
+            raise ValueError(f"{self.quantizer} offers the mappings {', '.join(mappings)}, got {self.mapping!r}")
+        return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Codebook size of each level."""
+        return parse_shape(self.shape)
+
+    @property
+    def label(self) -> str:
+        """The configuration in a name of letters, digits and dashes."""
+        return f"{self.shape}-{self.mapping}-{self.quantizer.replace('_', '-')}"
+
+    def quantizer_settings(self) -> QuantizerSettings:
+        """Return the settings of the chosen quantizer."""
+        return getattr(self.options, self.quantizer)
+
+    def make_quantizer(self) -> Quantizer:
+        """Return the quantizer, not trained yet."""
+        return QUANTIZERS[self.quantizer](self.sizes, self.mapping, self.quantizer_settings(), seed=self.seed)
+
+
+class SweepConfig(CommonConfig):
+    """Every combination of shapes, mappings and quantizers over one catalogue and one model."""
+
+    shapes: list[Shape] = Field(default=list(SIX_SHAPES), min_length=1)
+    """Codebook sizes of each shape, first level first, joined by x."""
+    mappings: list[MappingName] = Field(default=list(MAPPINGS), min_length=1)
+    """nearest: least error. uniform: every codeword of a level equally used."""
+    quantizers: list[QuantizerName] = Field(default=["residual_kmeans"], min_length=1)
+    """How codebooks are made."""
+
+    @property
+    def label(self) -> str:
+        """The sweep in a few words."""
+        return f"{Path(self.catalogue.path).stem} · {len(self.shapes)} shapes × {len(self.mappings)} mappings"
+
+    def cells(self) -> list[BuildConfig]:
+        """Return one configuration a combination that exists, without repetition, in the order given."""
+        common = {name: getattr(self, name) for name in CommonConfig.model_fields}
+        return [
+            BuildConfig(**common, shape=shape, mapping=mapping, quantizer=quantizer)
+            for shape in dict.fromkeys(self.shapes)
+            for quantizer in dict.fromkeys(self.quantizers)
+            for mapping in dict.fromkeys(self.mappings)
+            if mapping in QUANTIZERS[quantizer].mappings
+        ]
+
+
+def read_config(path: Path | str, kind: type[BuildConfig] | type[SweepConfig]) -> Any:
+    """Return the configuration in a YAML file.
+
+    Raises:
+        UsageError: no such file, not YAML, or a key or value that the model refuses; names the field.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected keys and values, got {type(content).__name__}")
+    return make_config(kind, content, source=str(path))
+
+
+def make_config(kind: type[BuildConfig] | type[SweepConfig], values: dict[str, Any], *, source: str) -> Any:
+    """Return the configuration of the given values.
+
+    Raises:
+        UsageError: a key or value that the model refuses; names the field and the source.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc']) or 'configuration'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_url=False, include_input=False, include_context=False)
+        )
+        raise UsageError(f"{source}: {faults}") from error
+
+
+def write_config(config: CommonConfig) -> str:
+    """Return the configuration as YAML that `read_config` reads back as an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,316 @@
+"""The stages, each a function from a configuration and references to a stage, and their order.
+
+A stage function decides nothing but what its stage depends on and which function makes it; `run_stage` runs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from semids.arrays import Codes, code_dtype, format_shape
+from semids.config import QUANTIZERS, BuildConfig, CommonConfig, write_config
+from semids.errors import UsageError
+from semids.fingerprints import code_digest
+from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
+from semids.quantizers.base import FrozenQuantizer, Tensors, TrainingData, TrainingStep
+from semids.semantic_ids import number_equal_ids, vocabulary, write_ids, write_tokens
+from semids.shards import ShardLayout
+from semids.stages import Ref, Stage, StageOutput, StageReader
+
+Runner = Callable[[Stage], Ref]
+"""Runs a stage, or finds its outputs, and returns the reference to them."""
+
+
+def make_stage(
+    name: str,
+    title: str,
+    make: Callable[..., dict[str, Any]],
+    arguments: tuple[Any, ...],
+    *,
+    inputs: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    modules: Sequence[str] = (),
+    code: Mapping[str, Any] | None = None,
+) -> Stage:
+    """Return the stage that calls `make(*arguments, output)`.
+
+    Args:
+        inputs: references, of which the digest counts, or digests.
+        modules: code that `make` reaches through a family.
+        code: stands for the code where a changed line must not cost hours (a version).
+    """
+    ingredients = {
+        "inputs": {key: value.digest if isinstance(value, Ref) else value for key, value in inputs.items()},
+        "parameters": dict(parameters),
+        "code": dict(code) if code is not None else code_digest(make, modules),
+    }
+    return Stage(name=name, title=title, ingredients=ingredients, build=partial(make, *arguments))
+
+
+# Catalogue to items
+
+
+def scan_catalogue(config: CommonConfig) -> Stage:
+    """Read the catalogue: items with their split and content, distinct contents, quarantine."""
+    catalogue = config.catalogue
+    return make_stage(
+        "items",
+        "Read the catalogue",
+        scan_vectors if is_vectors(catalogue) else scan_texts,
+        (catalogue,),
+        inputs={"catalogue": catalogue_digest(catalogue)},
+        parameters=catalogue.model_dump(exclude={"path"}),
+    )
+
+
+def check_sizes(config: BuildConfig, items: Ref) -> None:
+    """Refuse a shape that the training split cannot fill.
+
+    Raises:
+        UsageError: a codebook size exceeds the number of training items.
+    """
+    training = StageReader(items.path).summary["splits"][config.catalogue.train_split]["items"]
+    if max(config.sizes) > training:
+        raise UsageError(
+            f"shape {config.shape}: expected at least as many training items as the largest codebook has codewords, "
+            f"got {training} items for {max(config.sizes)} codewords; choose a smaller shape"
+        )
+
+
+# Contents to vectors
+
+
+def make_vectors(config: CommonConfig, items: Ref) -> Stage:
+    """Turn every distinct content into a vector: embed its text, or copy the vector that was given."""
+    if is_vectors(config.catalogue):
+        return make_stage(
+            "vectors",
+            "Import the vectors",
+            _import_vectors,
+            (config.catalogue, items),
+            inputs={"items": items, "catalogue": catalogue_digest(config.catalogue)},
+            parameters=config.catalogue.model_dump(include={"vector_column"}),
+        )
+    identity = config.make_embedder().identity()
+    return make_stage(
+        "vectors",
+        "Embed the texts",
+        _embed,
+        (config, items),
+        inputs={"items": items},
+        parameters=identity,
+        code={"embedder version": identity["version"]},
+    )
+
+
+def _embed(config: CommonConfig, items: Ref, output: StageOutput) -> dict[str, Any]:
+    contents = StageReader(items.path).path("contents.parquet")
+    rows: int = pl.scan_parquet(contents).select(pl.len()).collect().item()
+    embedder = config.make_embedder()
+    embedder.load()
+
+    def embed_rows(start: int, stop: int) -> NDArray[np.float32]:
+        texts = pl.scan_parquet(contents).select("text").slice(start, stop - start).collect()["text"].to_list()
+        return embedder.embed(
+            texts, lambda step, done, total, unit: output.progress("embed texts", start + done, rows, "texts")
+        )
+
+    # float16 halves the disk and is safe for unit vectors, which embedders return.
+    output.write_shards("vectors", ShardLayout(rows, embedder.dimensions, "float16"), embed_rows)
+    return {"rows": rows, "dimensions": embedder.dimensions}
+
+
+def _import_vectors(catalogue: Any, items: Ref, output: StageOutput) -> dict[str, Any]:
+    sources: NDArray[np.int64] = (
+        pl.read_parquet(StageReader(items.path).path("contents.parquet"), columns=["row"])["row"]
+        .to_numpy()
+        .astype(np.int64)
+    )
+    source = VectorSource(catalogue)
+    layout = ShardLayout(len(sources), source.dimensions, str(source.dtype))
+    output.write_shards("vectors", layout, lambda start, stop: source.rows_at(sources[start:stop]))
+    return {"rows": len(sources), "dimensions": source.dimensions}
+
+
+# Vectors to a frozen quantizer
+
+
+def train_step(
+    config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep, needed: Mapping[str, Ref]
+) -> Stage:
+    """Run one step of the quantizer's training."""
+    quantizer = config.make_quantizer()
+    return make_stage(
+        f"train-{step.name}",
+        step.title,
+        _train,
+        (config, items, vectors, step, dict(needed)),
+        inputs={"items": items, "vectors": vectors, **needed},
+        parameters={
+            "quantizer": config.quantizer,
+            "step": step.name,
+            "train_split": config.catalogue.train_split,
+            **step.parameters,
+        },
+        modules=[type(quantizer).__module__],
+    )
+
+
+def _train(
+    config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep, needed: dict[str, Ref], output: StageOutput
+) -> dict[str, Any]:
+    training = multiplicities(items)[config.catalogue.train_split]
+    data = TrainingData(StageReader(vectors.path).array("vectors"), np.flatnonzero(training))
+    tensors = {name: read_tensors(ref) for name, ref in needed.items()}
+    outcome = config.make_quantizer().run_step(step, data, tensors, output.progress)
+    output.commit("tensors.safetensors", lambda path: save_file(outcome.tensors, path))
+    return outcome.evidence
+
+
+def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref, run: Runner) -> Ref:
+    """Run every step of the training in order, and freeze what they leave into a model."""
+    steps: dict[str, Ref] = {}
+    for step in config.make_quantizer().training_steps():
+        steps[step.name] = run(train_step(config, items, vectors, step, {name: steps[name] for name in step.needs}))
+    return run(freeze_model(config, vectors, steps))
+
+
+def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) -> Stage:
+    """Gather what the training steps left into one folder that encodes new items without the rest of the run."""
+    quantizer = config.make_quantizer()
+    return make_stage(
+        "model",
+        "Freeze the model",
+        _freeze,
+        (config, vectors, dict(steps)),
+        inputs={"vectors": vectors, **steps},
+        parameters={
+            **config.model_dump(include={"shape", "mapping", "quantizer"}),
+            "catalogue": config.catalogue.model_dump(exclude={"path"}),
+        },
+        modules=[type(quantizer).__module__],
+    )
+
+
+def _freeze(config: BuildConfig, vectors: Ref, steps: dict[str, Ref], output: StageOutput) -> dict[str, Any]:
+    tensors = config.make_quantizer().assemble({name: read_tensors(ref) for name, ref in steps.items()})
+    output.commit("tensors.safetensors", lambda path: save_file(tensors, path))
+    made = StageReader(vectors.path).manifest
+    output.commit_bytes("config.yaml", write_config(config.model_copy(update={"out": "encoded"})).encode())
+    return {
+        "shape": config.shape,
+        "mapping": config.mapping,
+        "quantizer": config.quantizer,
+        "dimensions": made["summary"]["dimensions"],
+        "vectors": {"title": made["title"], **made["ingredients"]["parameters"]},
+        "training": [
+            {"step": name, "fingerprint": ref.fingerprint, **StageReader(ref.path).summary}
+            for name, ref in steps.items()
+        ],
+    }
+
+
+def read_tensors(ref: Ref) -> Tensors:
+    """Return the tensors of a training step or a model."""
+    return load_file(StageReader(ref.path).path("tensors.safetensors"))
+
+
+def read_quantizer(model: Ref) -> FrozenQuantizer:
+    """Return the frozen quantizer of a model."""
+    quantizer = QUANTIZERS[StageReader(model.path).summary["quantizer"]]
+    return quantizer.freeze(read_tensors(model))
+
+
+# Vectors to codes to IDs
+
+
+def encode_vectors(vectors: Ref, model: Ref) -> Stage:
+    """Give every distinct content its codes, and its squared error at every depth."""
+    quantizer = QUANTIZERS[StageReader(model.path).summary["quantizer"]]
+    return make_stage(
+        "codes",
+        "Encode the vectors",
+        _encode,
+        (vectors, model),
+        inputs={"vectors": vectors, "model": StageReader(model.path).manifest["files"]["tensors.safetensors"]["sha256"]},
+        parameters={},
+        modules=[quantizer.__module__],
+    )
+
+
+def _encode(vectors: Ref, model: Ref, output: StageOutput) -> dict[str, Any]:
+    array = StageReader(vectors.path).array("vectors")
+    quantizer = read_quantizer(model)
+    rows, levels = array.layout.rows, len(quantizer.sizes)
+    dtype = str(code_dtype(quantizer.sizes))
+    layout = ShardLayout(rows, levels, dtype, array.layout.shard_rows)
+
+    def shard_codes(start: int, stop: int) -> Codes:
+        return quantizer.encode(array.shard(start // layout.shard_rows))
+
+    output.write_shards("codes", layout, shard_codes)
+
+    def shard_errors(start: int, stop: int) -> NDArray[np.float32]:
+        shard = start // layout.shard_rows
+        codes: Codes = np.load(output.folder / f"codes-{shard:05d}.npy", allow_pickle=False)
+        return quantizer.squared_errors(array.shard(shard), codes)
+
+    errors = ShardLayout(rows, levels, "float32", array.layout.shard_rows)
+    output.write_shards("squared_errors", errors, shard_errors)
+    return {"rows": rows, "sizes": list(quantizer.sizes)}
+
+
+def read_codes(codes: Ref) -> tuple[Codes, tuple[int, ...]]:
+    """Return all codes by content id, (D, L), and the codebook sizes."""
+    reader = StageReader(codes.path)
+    array = reader.array("codes")
+    whole = np.empty(array.shape, dtype=array.layout.dtype)
+    for start, chunk in array.chunks(array.layout.shard_rows):
+        whole[start : start + len(chunk)] = chunk
+    return whole, tuple(reader.summary["sizes"])
+
+
+def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Stage:
+    """Write every item's semantic ID as Parquet and as tokens, and the vocabulary."""
+    return make_stage(
+        "ids",
+        "Write the semantic IDs",
+        _assign_ids,
+        (config.suffix, items, codes),
+        inputs={"items": items, "codes": codes},
+        parameters={"suffix": config.suffix},
+    )
+
+
+def _assign_ids(suffix: bool, items: Ref, codes: Ref, output: StageOutput) -> dict[str, Any]:
+    item_file = StageReader(items.path).path("items.parquet")
+    content_codes, sizes = read_codes(codes)
+    suffixes: NDArray[np.uint32] | None = None
+    if suffix:
+        frame = pl.read_parquet(item_file, columns=["item_id", "content_id"])
+        content_ids = frame["content_id"].to_numpy()
+        suffixes = number_equal_ids(frame["item_id"], content_ids, content_codes[content_ids], sizes)
+    suffix_values = int(suffixes.max()) + 1 if suffixes is not None else 0
+    words = vocabulary(sizes, suffix_values)
+    output.commit("semantic_ids.parquet", lambda path: write_ids(path, item_file, content_codes, suffixes))
+    output.commit("tokens.json", lambda path: write_tokens(path, item_file, content_codes, suffixes))
+    output.commit_bytes("vocabulary.json", (json.dumps(words, indent=0) + "\n").encode())
+    return {"shape": format_shape(sizes), "suffix_values": suffix_values, "vocabulary": len(words)}
+
+
+def multiplicities(items: Ref) -> dict[str, NDArray[np.uint32]]:
+    """Return how many items of each split have each content: (D,) counts by split name."""
+    reader = StageReader(items.path)
+    frame = pl.read_parquet(reader.path("contents.parquet"), columns=[f"items:{name}" for name in reader.summary["splits"]])
+    return {name: frame[f"items:{name}"].to_numpy() for name in reader.summary["splits"]}
+
+

@@ -1,0 +1,135 @@
+"""The last stage: measure what the codes do to the catalogue, and write it for people and machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semids.arrays import Codes, format_shape
+from semids.config import BuildConfig
+from semids.distortion import Distortion, NeighbourFigures, neighbour_figures
+from semids.kmeans import sample_rows
+from semids.metrics import measure_ids
+from semids.page import render_markdown
+from semids.pipeline import make_stage, multiplicities, read_codes, read_quantizer
+from semids.plots import plot_report
+from semids.report import Report, SplitFigures
+from semids.semantic_ids import read_code_columns
+from semids.stages import MANIFEST, Ref, Stage, StageOutput, StageReader, library_versions, peak_rss_bytes, reference
+
+MEASURED_ROWS = 1 << 14
+NEIGHBOUR_SAMPLE = 20_000
+NEIGHBOUR_QUERIES = 1_000
+
+
+def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Stage:
+    """Measure collisions, loads, distortion and neighbours, by split, and write report and plots."""
+    return make_stage(
+        "report",
+        "Write the report",
+        _write_report,
+        (config, items, vectors, model, codes),
+        inputs={"items": items, "vectors": vectors, "model": model, "codes": codes},
+        parameters={"title": config.label, "seed": config.seed},
+    )
+
+
+def _write_report(
+    config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref, output: StageOutput
+) -> dict[str, Any]:
+    readers = [StageReader(ref.path) for ref in (items, vectors, *_training_steps(model), model, codes)]
+    content_codes, sizes = read_codes(codes)
+    counts = multiplicities(items)
+    relative_mse = _measure_distortion(vectors, codes, counts)
+
+    def figures(name: str | None) -> SplitFigures:
+        weights = counts[name] if name is not None else sum(counts.values())
+        ids = measure_ids(_chunks(content_codes), _chunks(weights), sizes=sizes)
+        return SplitFigures(ids, relative_mse[name].relative_mse, relative_mse[name].undefined_reason)
+
+    report = Report(
+        title=config.label,
+        overall=figures(None),
+        splits={name: figures(name) for name in counts},
+        shape=config.shape,
+        mapping=config.mapping,
+        quantizer=config.quantizer,
+        neighbours=_measure_neighbours(vectors, model, content_codes, seed=config.seed),
+        training=[
+            {name: value for name, value in step.items() if name != "fingerprint"}
+            for step in StageReader(model.path).summary["training"]
+        ],
+        catalogue=readers[0].summary,
+        timings={reader.manifest["title"]: reader.manifest["run"]["seconds"] for reader in readers},
+        peak_rss_bytes=max(peak_rss_bytes(), *(reader.manifest["run"]["peak_rss_bytes"] for reader in readers)),
+        versions=library_versions(),
+        fingerprint=codes.fingerprint,
+    )
+    output.commit_bytes("report.json", report.to_json().encode())
+    for name, png in plot_report(report.overall.ids).items():
+        output.commit_bytes(f"{name}.png", png)
+    output.commit_bytes("report.md", render_markdown(report, lambda name: f"{name}.png").encode())
+    return {"title": config.label}
+
+
+def _training_steps(model: Ref) -> list[Ref]:
+    """Return the model's training steps whose folders lie beside it: all in its own run folder, none elsewhere."""
+    beside: list[Ref] = []
+    for step in StageReader(model.path).summary["training"]:
+        folder = Path(model.path).parent / f"train-{step['step']}-{step['fingerprint'][:16]}"
+        if (folder / MANIFEST).exists():
+            beside.append(reference(folder))
+    return beside
+
+
+def _chunks(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for start in range(0, len(rows), MEASURED_ROWS):
+        yield rows[start : start + MEASURED_ROWS]
+
+
+def _measure_distortion(
+    vectors: Ref, codes: Ref, counts: Mapping[str, NDArray[np.uint32]]
+) -> dict[str | None, Distortion]:
+    """Return the distortion of each split, and of all of them together under None, weighted by items."""
+    array = StageReader(vectors.path).array("vectors")
+    errors = StageReader(codes.path).array("squared_errors")
+    measured = {name: Distortion(array.layout.columns, errors.layout.columns) for name in counts}
+    for (start, rows), (_, row_errors) in zip(array.chunks(MEASURED_ROWS), errors.chunks(MEASURED_ROWS), strict=True):
+        for name, split_counts in counts.items():
+            measured[name].add(rows, row_errors, split_counts[start : start + len(rows)])
+    overall = Distortion(array.layout.columns, errors.layout.columns)
+    for distortion in measured.values():
+        overall.merge(distortion)
+    return {None: overall, **measured}
+
+
+def _measure_neighbours(vectors: Ref, model: Ref, codes: Codes, *, seed: int) -> NeighbourFigures:
+    rows = sample_rows(len(codes), NEIGHBOUR_SAMPLE, seed=seed)
+    sample = StageReader(vectors.path).array("vectors").take(rows).astype(np.float32, copy=False)
+    reconstructions = read_quantizer(model).decode(codes[rows])
+    return neighbour_figures(sample, reconstructions, codes[rows], queries=NEIGHBOUR_QUERIES)
+
+
+def read_report(ref: Ref) -> Report:
+    """Return the report that a report stage wrote."""
+    return Report.from_json(StageReader(ref.path).path("report.json").read_bytes())
+
+
+def report_codes(path: Path, sizes: tuple[int, ...] | None) -> Report:
+    """Return the report of a Parquet file of codes, of which nothing but the codes is known.
+
+    Raises:
+        UsageError: no such file or columns.
+        CodesError: a code outside its codebook.
+    """
+    codes = read_code_columns(path, sizes)
+    return Report(
+        title=path.name,
+        overall=SplitFigures(measure_ids(_chunks(codes), None, sizes=sizes)),
+        shape=format_shape(sizes) if sizes else None,
+        versions=library_versions(),
+    )

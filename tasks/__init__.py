@@ -1,0 +1,1 @@
+"""Prefect tasks: adapters from the stages of `semids` to cached, retried, observed work."""

@@ -1,0 +1,147 @@
+"""Cells: what a configuration leaves, how the dashboard shows it, and how a sweep compares several."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.states import Completed, Failed, State
+from pydantic import BaseModel, ConfigDict
+
+from semids import runs
+from semids.config import BuildConfig, CommonConfig, SweepConfig
+from semids.page import render_markdown
+from semids.plots import plot_comparison
+from semids.report import FailedCell, comparison_rows, format_table, render_comparison
+from semids.reporting import read_report
+from semids.stages import Ref, StageReader
+from semids.store import commit_bytes, run_lock
+
+COMPARISON_KEY = "sweep-comparison"
+
+
+class CellOutcome(BaseModel):
+    """What a configuration leaves: its name and references to its model, IDs and report."""
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str
+    model: Ref
+    ids: Ref
+    report: Ref
+
+    def refs(self) -> runs.CellRefs:
+        """Return the references as the library holds them."""
+        return runs.CellRefs(self.model, self.ids, self.report)
+
+
+def own_run_folder(config: CommonConfig) -> AbstractContextManager[None]:
+    """Own the run folder for as long as the context lasts; a second owner is refused by name."""
+    return run_lock(Path(config.out))
+
+
+def find_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome | None:
+    """Return what an earlier run left of a cell, if every file of it is there and as it was written."""
+    try:
+        refs = runs.build_cell(config, items, vectors, runs.finding_runner(Path(config.out)))
+    except runs.NotMadeError:
+        return None
+    get_run_logger().info("%s: nothing to do, every file is there", config.label)
+    return CellOutcome(label=config.label, model=refs.model, ids=refs.ids, report=refs.report)
+
+
+@task(task_run_name="publish {outcome.label}", cache_policy=NO_CACHE)
+def publish(config: CommonConfig, outcome: CellOutcome) -> None:
+    """Show a cell: links in the run folder's results, and its report as artifacts with stable keys."""
+    runs.publish(Path(config.out), outcome.label, outcome.refs())
+    reader = StageReader(outcome.report.path)
+    report = read_report(outcome.report)
+
+    def data_uri(name: str) -> str:
+        png = reader.path(f"{name}.png").read_bytes()
+        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+    key = re.sub(r"[^a-z0-9]+", "-", outcome.label.lower())
+    create_markdown_artifact(
+        render_markdown(report, data_uri), key=f"report-{key}", description=f"Collision report of {outcome.label}"
+    )
+    levels = [
+        {name: value for name, value in level.items() if name != "load_curve"} for level in report.to_dict()["levels"]
+    ]
+    create_table_artifact(levels, key=f"levels-{key}", description=f"Codes used and load of each level, {outcome.label}")
+
+
+def collect(cells: Sequence[BuildConfig], futures: Sequence[PrefectFuture[CellOutcome]]) -> list[CellOutcome | FailedCell]:
+    """Wait for every cell and return its outcome, or why it has none; one failed cell does not stop the others."""
+    outcomes: list[CellOutcome | FailedCell] = []
+    for config, future in zip(cells, futures, strict=True):
+        future.wait()
+        result: Any = future.state.result(raise_on_failure=False)
+        if isinstance(result, CellOutcome):
+            outcomes.append(result)
+        else:
+            outcomes.append(FailedCell(config.label, f"{type(result).__name__}: {result}"))
+    return outcomes
+
+
+@task(task_run_name="compare the cells", cache_policy=NO_CACHE)
+def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -> None:
+    """Write the comparison into the run folder, and show it under one key, whose page is the history of sweeps."""
+    folder = Path(config.out)
+    rows = comparison_rows(
+        outcome if isinstance(outcome, FailedCell) else read_report(outcome.report) for outcome in outcomes
+    )
+    plot = plot_comparison(rows)
+    markdown = render_comparison(rows)
+    for name, data in {
+        "comparison.json": (json.dumps(rows, indent=1) + "\n").encode(),
+        "comparison.md": f"{markdown}\n![collision rate against error](comparison.png)\n".encode(),
+        "comparison.png": plot,
+    }.items():
+        if not (folder / name).exists() or (folder / name).read_bytes() != data:
+            commit_bytes(folder / name, data)
+    image = f"data:image/png;base64,{base64.b64encode(plot).decode()}"
+    create_markdown_artifact(
+        f"{markdown}\n![collision rate against error]({image})\n",
+        key=COMPARISON_KEY,
+        description=f"Comparison of {len(rows)} cells",
+    )
+    create_table_artifact(rows, key=f"{COMPARISON_KEY}-table", description=f"Figures of {len(rows)} cells")
+    get_run_logger().info("Comparison of %d cells:\n%s", len(rows), format_table(rows))
+
+
+def sweep_state(outcomes: Sequence[CellOutcome | FailedCell]) -> State[Any]:
+    """Return the state a sweep ends in: failed only if no cell came through."""
+    done = sum(isinstance(outcome, CellOutcome) for outcome in outcomes)
+    message = f"{done} of {len(outcomes)} cells completed"
+    if done == len(outcomes):
+        return Completed(message=message)
+    if done == 0:
+        return Failed(message=message)
+    return Completed(name="CompletedWithFailures", message=message)
+
+
+def print_comparison(config: SweepConfig) -> int:
+    """Print the comparison table and where everything is; return 0, or 1 if a cell failed."""
+    folder = Path(config.out)
+    rows: list[dict[str, Any]] = json.loads((folder / "comparison.json").read_bytes())
+    print(f"\n{format_table(rows)}\n")
+    print(f"Comparison and plot   {folder / 'comparison.md'}")
+    print(f"Reports, plots, IDs   {folder / runs.RESULTS}/CELL/report.md, semantic_ids.parquet, tokens.json, …")
+    return int(any(row["status"].startswith("failed") for row in rows))
+
+
+def print_outcome(outcome: CellOutcome, folder: str) -> None:
+    """Print a configuration's figures and where everything is."""
+    print(f"\n{format_table(comparison_rows([read_report(outcome.report)]))}\n")
+    print(f"Report, plots, IDs, model   {Path(folder) / runs.RESULTS / outcome.label}")

@@ -1,0 +1,103 @@
+"""The one task every stage runs as: cached by fingerprint, retried on I/O errors, watched through artifacts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+from prefect import task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import CachePolicy
+from prefect.context import TaskRunContext
+from prefect.logging import get_run_logger
+from prefect.states import State
+
+from semids.errors import SemidsError, StorageError
+from semids.stages import Ref, Stage, run_stage
+
+FIRST_PROGRESS_SECONDS = 5.0
+PROGRESS_EVERY_SECONDS = 2.0
+HOUR = 3600
+
+
+@dataclass
+class StageFingerprint(CachePolicy):
+    """Two runs of a stage are one if its fingerprint and the run folder are the same.
+
+    Prefect's own policies see a task's lines or a run's id; the fingerprint sees digests of inputs,
+    parameters and every line of library code the stage depends on.
+    """
+
+    def compute_key(
+        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
+    ) -> str | None:
+        """Return the key of the stage in `inputs`."""
+        return f"{inputs['stage'].fingerprint}-{inputs['folder']}".replace("/", "-")
+
+
+def is_worth_retrying(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Return True for errors of the file system, which pass; bad data and bad parameters never do."""
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, SemidsError):
+        return isinstance(error, StorageError)
+    return isinstance(error, OSError)
+
+
+class ProgressArtifact:
+    """Shows a long step as a progress bar in the dashboard, with its rate in the logs; short steps leave no trace."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._started = self._updated = time.monotonic()
+        self._artifact: UUID | None = None
+
+    def __call__(self, step: str, done: int, total: int | None, unit: str) -> None:
+        """Take a report; see `semids.progress.Progress`."""
+        now = time.monotonic()
+        if total is None or now - self._started < FIRST_PROGRESS_SECONDS:
+            return
+        if now - self._updated < PROGRESS_EVERY_SECONDS and done < total:
+            return
+        self._updated = now
+        rate = done / (now - self._started)
+        description = f"{self._title}: {done:,} of {total:,} {unit}, {rate:,.0f} a second"
+        percent = 100.0 * done / max(total, 1)
+        if self._artifact is None:
+            self._artifact = cast("UUID", create_progress_artifact(progress=percent, description=description))
+        else:
+            update_progress_artifact(self._artifact, progress=percent, description=description)
+        get_run_logger().info(description)
+
+
+@task(
+    task_run_name="{stage.title}",
+    persist_result=True,
+    result_serializer="json",
+    cache_policy=StageFingerprint(),
+    retries=2,
+    retry_delay_seconds=[1, 30],
+    retry_condition_fn=is_worth_retrying,
+)
+def run_stage_task(folder: str, stage: Stage) -> Ref:
+    """Run a stage, or find what an earlier run left of it."""
+    return run_stage(Path(folder), stage, ProgressArtifact(stage.title))
+
+
+def run_as_task(folder: str, stage: Stage, *, hours: float, tags: tuple[str, ...]) -> Ref:
+    """Return the reference to a stage's outputs, made or found by a task run.
+
+    Prefect's cache never looks at files: where it answers with some that are gone or changed, the task runs again.
+
+    Args:
+        hours: a task that takes longer is stopped and fails.
+        tags: shown in the dashboard; a concurrency limit on a tag bounds all stages that carry it.
+    """
+    configured = run_stage_task.with_options(timeout_seconds=hours * HOUR, tags=tags)
+    state: State[Ref] = configured(folder, stage, return_state=True)
+    ref = state.result()
+    if state.name == "Cached" and not ref.is_present():
+        ref = configured.with_options(refresh_cache=True)(folder, stage)
+    return ref

@@ -1,0 +1,46 @@
+"""The stages as tasks: what each may take and how it is tagged."""
+
+from __future__ import annotations
+
+from semids import pipeline
+from semids.config import BuildConfig, CommonConfig
+from semids.stages import Ref, Stage
+from tasks.stage import run_as_task
+
+
+def scan_catalogue(config: CommonConfig) -> Ref:
+    """Read the catalogue into items and distinct contents."""
+    return run_as_task(config.out, pipeline.scan_catalogue(config), hours=12, tags=("catalogue",))
+
+
+def make_vectors(config: CommonConfig, items: Ref) -> Ref:
+    """Embed every distinct text, or import the vectors that were given."""
+    # 54M texts through an 8B model take days; a hung driver should still end.
+    return run_as_task(config.out, pipeline.make_vectors(config, items), hours=24 * 14, tags=("embedding", "gpu"))
+
+
+def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
+    """Train the quantizer step by step, and freeze it into a model."""
+    pipeline.check_sizes(config, items)
+
+    def run(stage: Stage) -> Ref:
+        return run_as_task(config.out, stage, hours=72, tags=("training", "gpu"))
+
+    return pipeline.train_quantizer(config, items, vectors, run)
+
+
+def encode_vectors(config: CommonConfig, vectors: Ref, model: Ref) -> Ref:
+    """Give every distinct content its codes."""
+    return run_as_task(config.out, pipeline.encode_vectors(vectors, model), hours=24, tags=("encoding", "gpu"))
+
+
+def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Ref:
+    """Write the semantic IDs, tokens and vocabulary."""
+    return run_as_task(config.out, pipeline.assign_ids(config, items, codes), hours=12, tags=("ids",))
+
+
+def write_report(config: CommonConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Ref:
+    """Measure the codes, and write the report with its plots."""
+    return run_as_task(
+        config.out, pipeline.write_report(config, items, vectors, model, codes), hours=12, tags=("report",)
+    )

@@ -1,0 +1,41 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+
+# One thread a worker: two cores are shared by the test workers, and results must not depend on their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real catalogues and published IDs."""
+    folder = os.environ.get("SEMIDS_REAL_DATA")
+    if not folder:
+        pytest.skip("SEMIDS_REAL_DATA does not name the folder of real catalogues")
+    return Path(folder)
+
+
+def clustered_vectors(rows: int, dimensions: int, *, seed: int = 0, clusters: int = 24) -> NDArray[np.float32]:
+    """Return unit vectors around centres of Zipf-distributed popularity, as embeddings of products lie."""
+    rng = np.random.default_rng(seed)
+    weights = 1 / np.arange(1, clusters + 1)
+    centres = rng.normal(size=(clusters, dimensions))
+    vectors = centres[rng.choice(clusters, rows, p=weights / weights.sum())] + 0.6 * rng.normal(size=(rows, dimensions))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def vectors() -> NDArray[np.float32]:
+    """(2000, 24) unit vectors in clusters of unequal size."""
+    return clustered_vectors(2000, 24)

@@ -1,0 +1,77 @@
+"""Potentials of the uniform mapping."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semids.balance import TOLERANCE, fit_potentials
+from semids.errors import ShapeError
+
+
+def make_costs(rows: int = 600, codewords: int = 8, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    points, centres = rng.normal(size=(rows, 6)), rng.normal(size=(codewords, 6))
+    costs = ((points[:, None] - centres[None]) ** 2).sum(axis=2)
+    return costs / costs.max()
+
+
+def plan(costs: np.ndarray, values: np.ndarray, epsilon: float) -> np.ndarray:
+    logits = (values - costs) / epsilon
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True) / len(costs)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("kind", ["float64", "float32", "float16", "bfloat16"])
+def test_marginals_are_met_or_the_solver_says_that_they_are_not(epsilon: float, kind: str) -> None:
+    tensor = torch.from_numpy(make_costs()).to(getattr(torch, kind))
+    costs = tensor.to(torch.float32).numpy() if kind == "bfloat16" else tensor.numpy()
+    found = fit_potentials(costs, epsilon=epsilon, max_iterations=300)
+    assert np.isfinite(found.values).all()
+    shares = plan(costs.astype(np.float64), found.values.astype(np.float64), epsilon)
+    error = float(np.abs(shares.sum(axis=0) - 1 / 8).sum())
+    assert np.allclose(shares.sum(axis=1), 1 / len(costs))
+    assert found.converged == (found.marginal_error <= TOLERANCE)
+    # The evidence is honest: what the solver reports is what a float64 recomputation finds.
+    assert error == pytest.approx(found.marginal_error, abs=2e-4)
+    assert found.converged or epsilon <= 1e-3
+
+
+def test_an_iteration_limit_that_is_too_low_is_reported() -> None:
+    assert not fit_potentials(make_costs(), epsilon=1e-4, max_iterations=1).converged
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.floats(-3, 3))
+def test_row_and_column_constants_change_no_assignment_balance(seed: int, shift: float) -> None:
+    costs = make_costs(seed=seed).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    moved = costs + rng.normal(size=(len(costs), 1)).astype(np.float32)
+    columns = np.linspace(0, 0.1 * shift, 8, dtype=np.float32)
+    plain = fit_potentials(costs, epsilon=0.01, max_iterations=500)
+    rows_moved = fit_potentials(moved, epsilon=0.01, max_iterations=500)
+    columns_moved = fit_potentials(costs + columns, epsilon=0.01, max_iterations=500)
+    # Two converged solutions may differ by what the tolerance allows, seen up to 3e-5 of costs in [0, 1].
+    assert np.abs(plain.values - rows_moved.values).max() < 2e-3
+    assert np.abs(plain.values + columns - columns.mean() - columns_moved.values).max() < 2e-3
+
+
+def test_potentials_balance_hard_assignments_that_nearest_leaves_skewed() -> None:
+    costs = make_costs(rows=4000)
+    nearest = np.bincount(costs.argmin(axis=1), minlength=8) * 8 / 4000
+    found = fit_potentials(costs, epsilon=0.002, max_iterations=1000)
+    loads = np.bincount((costs - found.values).argmin(axis=1), minlength=8) * 8 / 4000
+    assert nearest.max() > 1.3
+    assert (loads.min(), loads.max()) == pytest.approx((found.load_min, found.load_max), abs=0.01)
+    assert 0.95 < loads.min()
+    assert loads.max() < 1.05
+
+
+@pytest.mark.parametrize(
+    "costs", [np.ones(5), np.ones((5, 1)), np.ones((0, 4)), np.array([[1.0, np.nan]]), np.array([[np.inf, 1.0]])]
+)
+def test_costs_that_are_not_costs_are_refused(costs: np.ndarray) -> None:
+    with pytest.raises(ShapeError, match="expected"):
+        fit_potentials(costs, epsilon=0.1, max_iterations=5)

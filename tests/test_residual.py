@@ -1,0 +1,116 @@
+"""Residual codebooks against FAISS and against brute force; codebooks of degenerate data."""
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semids.errors import CodesError, ShapeError
+from semids.kmeans import distinct_rows, fit_codebook, sample_rows
+from semids.residual import ResidualCodebooks
+
+
+def make_codebooks(sizes: tuple[int, ...], dimensions: int, *, seed: int = 0, spread: float = 0.0) -> ResidualCodebooks:
+    rng = np.random.default_rng(seed)
+    books = tuple(rng.normal(size=(size, dimensions)).astype(np.float32) / 2**level for level, size in enumerate(sizes))
+    potentials = tuple((spread * rng.normal(size=size)).astype(np.float32) for size in sizes)
+    return ResidualCodebooks(books, potentials)
+
+
+def codes_by_brute_force(vectors: np.ndarray, books: ResidualCodebooks) -> np.ndarray:
+    residual = vectors.astype(np.float64)
+    codes = []
+    for codebook, potential in zip(books.codebooks, books.potentials, strict=True):
+        costs = ((residual[:, None] - codebook[None].astype(np.float64)) ** 2).sum(axis=2) - potential
+        codes.append(costs.argmin(axis=1))
+        residual = residual - codebook[codes[-1]]
+    return np.column_stack(codes)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (3, 50, 7), (300, 2)])
+def test_codes_equal_those_of_brute_force(sizes: tuple[int, ...], spread: float, vectors: np.ndarray) -> None:
+    books = make_codebooks(sizes, 24, spread=spread)
+    assert np.array_equal(books.encode(vectors[:400]), codes_by_brute_force(vectors[:400], books))
+
+
+def test_codes_equal_faiss_at_beam_one(vectors: np.ndarray) -> None:
+    books = make_codebooks((16, 16, 16), 24)
+    quantizer = faiss.ResidualQuantizer(24, 3, 4)
+    quantizer.max_beam_size = 1
+    faiss.copy_array_to_vector(np.concatenate(books.codebooks).ravel(), quantizer.codebooks)
+    quantizer.is_trained = True
+    packed = quantizer.compute_codes(vectors)
+    bits = np.unpackbits(packed, axis=1, bitorder="little")[:, :12].reshape(-1, 3, 4)
+    assert np.array_equal(books.encode(vectors), bits @ np.array([1, 2, 4, 8], dtype=np.uint8))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 600))
+def test_permuting_or_splitting_rows_permutes_their_codes(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    vectors = rng.normal(size=(rows, 8)).astype(np.float32)
+    books = make_codebooks((16, 16), 8)
+    codes = books.encode(vectors)
+    order = rng.permutation(rows)
+    assert np.array_equal(books.encode(vectors[order]), codes[order])
+    parts = [books.encode(part) for part in np.array_split(vectors, min(rows, 5))]
+    assert np.array_equal(np.concatenate(parts), codes)
+
+
+@pytest.mark.parametrize("batch", [1, 37, 4096])
+def test_batch_size_changes_only_near_ties(batch: int, vectors: np.ndarray) -> None:
+    books = make_codebooks((64, 64), 24)
+    whole = books.encode(vectors)
+    batched = np.concatenate([books.encode(vectors[i : i + batch]) for i in range(0, len(vectors), batch)])
+    different = np.flatnonzero((whole != batched).any(axis=1))
+    errors = books.squared_errors(vectors[different], whole[different])
+    other = books.squared_errors(vectors[different], batched[different])
+    assert np.allclose(errors, other, atol=1e-5)
+    assert len(different) <= 2  # seen: 0
+
+
+def test_decoding_sums_codewords_and_errors_are_distances_to_it(vectors: np.ndarray) -> None:
+    books = make_codebooks((8, 9, 10), 24)
+    codes = books.encode(vectors)
+    expected = sum(book[codes[:, level]].astype(np.float64) for level, book in enumerate(books.codebooks))
+    assert np.allclose(books.decode(codes), expected, atol=1e-6)
+    for depth in (1, 2, 3):
+        distances = ((vectors - books.decode(codes, depth=depth)) ** 2).sum(axis=1)
+        assert np.allclose(books.squared_errors(vectors, codes)[:, depth - 1], distances, atol=1e-5)
+
+
+def test_codebooks_of_unequal_width_and_misfit_potentials_are_refused() -> None:
+    a, b = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+    with pytest.raises(ShapeError, match="expected codebooks of one width"):
+        ResidualCodebooks((a, b), (np.zeros(4, np.float32),) * 2)
+    with pytest.raises(ShapeError, match="expected one potential for each of"):
+        ResidualCodebooks((a, a), (np.zeros(4, np.float32),))
+    with pytest.raises(ShapeError, match="the quantizer was trained on another embedder"):
+        ResidualCodebooks((a,), (np.zeros(4, np.float32),)).encode(np.ones((2, 5), np.float32))
+    with pytest.raises(CodesError, match="expected codes from 0 to 3"):
+        ResidualCodebooks((a,), (np.zeros(4, np.float32),)).decode(np.array([[4]], dtype=np.uint8))
+
+
+@pytest.mark.parametrize("distinct", [1, 8, 32])
+def test_fewer_distinct_rows_than_codewords_become_the_codebook(distinct: int) -> None:
+    rows = np.random.default_rng(0).normal(size=(distinct, 4)).astype(np.float32)
+    fit = fit_codebook(rows[np.arange(500) % distinct], 32, iterations=5, restarts=1, seed=0)
+    assert fit.distinct_codewords == distinct
+    assert fit.mean_squared_error == 0
+    assert fit.codebook.shape == (32, 4)
+    assert distinct_rows(fit.codebook, at_most=32).shape == (distinct, 4)
+
+
+def test_more_restarts_never_fit_worse(vectors: np.ndarray) -> None:
+    errors = [fit_codebook(vectors, 32, iterations=10, restarts=n, seed=3).mean_squared_error for n in (1, 4)]
+    assert errors[1] <= errors[0] + 1e-6
+
+
+def test_a_sample_is_drawn_by_seed_without_repetition() -> None:
+    first, again, other = (sample_rows(10_000, 500, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert len(np.unique(first)) == 500
+    assert np.array_equal(sample_rows(7, 100, seed=0), np.arange(7))
