@@ -10,6 +10,7 @@ from semids.metrics import IdFigures
 from semids.report import Report, SplitFigures
 from semids.text import (
     UNKNOWN,
+    count_of,
     escape_markdown,
     format_bytes,
     format_count,
@@ -81,7 +82,7 @@ def describe_collisions(ids: IdFigures) -> str:
     if ids.collision_rate is None or ids.colliding_share is None:
         return "There are no items, so there is nothing to measure."
     sharing = round(ids.colliding_share * ids.items)
-    count = f"{sharing:,} of {ids.items:,} items" if sharing else f"None of {ids.items:,} items"
+    count = f"{sharing:,} of {count_of(ids.items, 'item')}" if sharing else f"None of {count_of(ids.items, 'item')}"
     share = f" ({format_percent(ids.colliding_share)})" if sharing else ""
     verb = "shares" if sharing <= 1 else "share"
     sentence = f"{count}{share} {verb} an ID with another item: the collision rate is {format_rate(ids.collision_rate)}"
@@ -94,7 +95,7 @@ def describe_collisions(ids: IdFigures) -> str:
         return f"{sentence}, as low as duplicates and capacity allow."
     return (
         f"{sentence}, where the {name} is {format_rate(floor)}; "
-        f"{format_count(ids.excess_collisions)} more IDs would give every distinct content its own."
+        f"{count_of(ids.excess_collisions or 0, 'more ID')} would give every distinct content its own."
     )
 
 
@@ -121,17 +122,15 @@ def describe_problems(report: Report) -> list[str]:
     ]
     contents = ids.distinct_contents
     if contents and ids.capacity is not None and contents > ids.capacity:
-        problems.append(f"{contents:,} distinct contents but only {ids.capacity:,} IDs: collisions are forced.")
+        problems.append(
+            f"{count_of(contents, 'distinct content')} but only {count_of(ids.capacity, 'ID')}: collisions are forced."
+        )
     for number, level in enumerate(ids.levels, start=1):
         size = level.codebook_size
         if not ids.items or size is None or level.codes_used == size:
             continue
         unused = f"Level {number}: {size - level.codes_used:,} of {size:,} codes are unused"
-        forced = (
-            f"; {contents:,} distinct contents cannot use more than {contents:,}"
-            if contents and contents < size
-            else ""
-        )
+        forced = f"; {count_of(contents, 'distinct content')} cannot use more" if contents and contents < size else ""
         problems.append(f"{unused}{forced}.")
     if ids.duplicate_floor is not None and ids.duplicate_floor >= MANY_DUPLICATES:
         problems.append(
@@ -145,7 +144,7 @@ def describe_problems(report: Report) -> list[str]:
             problems.append(f"No items in {name}.")
     quarantined = report.catalogue.get("quarantined")
     if quarantined:
-        problems.append(f"{_count(quarantined)} rows of the catalogue were quarantined.")
+        problems.append(f"Rows of the catalogue that were quarantined: {_count(quarantined)}.")
     return problems
 
 

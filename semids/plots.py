@@ -122,7 +122,7 @@ def _plot_buckets(histogram: Sequence[BucketBin]) -> bytes:
         share = 100 * entry.items / total
         percent = f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
         axes.annotate(
-            f"{_short_count(entry.ids)} IDs\n{percent} of items",
+            f"{_short_count(entry.ids)} {'ID' if entry.ids == 1 else 'IDs'}\n{percent} of items",
             (bar.get_x() + bar.get_width() / 2, entry.ids),
             (0, 3),
             textcoords="offset points",

@@ -49,6 +49,11 @@ def format_count(count: int | None) -> str:
     return UNKNOWN if count is None else f"{count:,}"
 
 
+def count_of(count: int, one: str) -> str:
+    """Return, for example, `1 item` or `1,234 items`."""
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
+
+
 def format_rate(rate: float | None) -> str:
     """Return a number with 4 decimals, or a dash; what is not zero never reads as zero."""
     if rate is None or not math.isfinite(rate):
@@ -61,6 +66,8 @@ def format_percent(share: float) -> str:
     percent = 100 * share
     if 0 < percent < 0.01:
         return "less than 0.01 %"
+    if 99.5 <= percent < 100:
+        return "more than 99 %"
     return f"{percent:.0f} %" if percent >= 10 or percent == 0 else f"{percent:.2g} %"
 
 

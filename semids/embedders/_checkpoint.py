@@ -29,7 +29,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "spiece.model",
 )
-POOLING_FILE = "1_Pooling/config.json"
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # The steps of a sentence-transformers checkpoint that a TransformerEmbedder carries out.
 KNOWN_STEPS = ("Transformer", "Pooling", "Normalize")
@@ -59,9 +58,12 @@ class Checkpoint:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each file that decides the vectors, by its name within the folder. Read once."""
-        others = ("config.json", POOLING_FILE, *TOKENIZER_FILES)
-        names = (*self.weights, *(name for name in others if (self.folder / name).is_file()))
+        """SHA-256 of each file that decides the vectors, by its name within the folder. Read once.
+
+        What a file only declares (pooling, longest input) is left to the settings that are resolved from it.
+        """
+        tokenizer = [name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+        names = ["config.json", *self.weights, *tokenizer]
         return {name: digest_file(self.folder / name) for name in sorted(names)}
 
     @property

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from semids.embedders._checkpoint import Checkpoint, locate_model, open_checkpoint
-from semids.embedders._encoder import Encoder, Pooling, TokenIds, load_encoder, unusable_rows
+from semids.embedders._encoder import Encoder, Pooling, load_encoder, unusable_rows
 from semids.embedders.base import Embedder, EmbedderSettings
 from semids.errors import DataError, UsageError
 from semids.progress import Progress, silent
@@ -180,7 +180,7 @@ class TransformerEmbedder(Embedder):
             return preset.pooling
         raise UsageError(
             f"expected {self.settings.model} to declare mean or lasttoken pooling, got "
-            f"{' and '.join(declared) or 'no declaration'}; set `pooling` to mean or last, whichever it was trained with"
+            f"{' and '.join(declared) or 'no declaration'}; set pooling to mean or last, whichever it was trained with"
         )
 
     @cached_property
