@@ -64,5 +64,4 @@ def sweep(config: SweepConfig) -> State[Any]:
 
 if __name__ == "__main__":
     sweep_config = read_config(sys.argv[1], SweepConfig)
-    sweep(sweep_config, return_state=True)
-    sys.exit(print_comparison(sweep_config))
+    sys.exit(print_comparison(sweep_config, sweep(sweep_config, return_state=True)))

@@ -251,12 +251,12 @@ def _common_kinds(files: tuple[Path, ...], file_format: str, id_column: str) -> 
         if file_format == "JSONL":
             merged |= {name: kind for name, kind in kinds.items() if merged.get(name, "unknown") == "unknown"}
             continue
-        merged = {name: kind for name, kind in merged.items() if name in kinds}
-        if id_column in merged and merged[id_column] != kinds[id_column]:
+        known, found = merged.get(id_column, "unknown"), kinds.get(id_column, "unknown")
+        if known != found and "unknown" not in (known, found):
             raise UsageError(
-                f"the ids in {id_column!r} are of the type {merged[id_column]} in {files[0]} but {kinds[id_column]} "
-                f"in {path}; convert one"
+                f"the ids in {id_column!r} are of the type {known} in {files[0]} but {found} in {path}; convert one"
             )
+        merged = {name: kinds[name] if kind == "unknown" else kind for name, kind in merged.items() if name in kinds}
     return merged
 
 

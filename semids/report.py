@@ -75,7 +75,7 @@ class Report:
     mapping: str | None = None
     quantizer: str | None = None
     neighbours: NeighbourFigures | None = None
-    training: Sequence[Mapping[str, Any]] = ()
+    training: tuple[Mapping[str, Any], ...] = ()
     catalogue: Mapping[str, Any] = field(default_factory=dict[str, Any])
     timings: Mapping[str, float] = field(default_factory=dict[str, float])
     peak_rss_bytes: int | None = None

@@ -143,6 +143,8 @@ class _ParquetPart:
             metadata = self._file.metadata
             groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             kind = self._file.schema_arrow.field(column).type
+        if not is_list(kind) or not pa.types.is_floating(kind.value_type):
+            raise ShapeError(f"expected lists of float16, 32 or 64 in {column!r} of {path}, got {kind}; convert it")
         self._group_starts = np.cumsum([0, *groups])
         self.rows = int(self._group_starts[-1])
         self.dtype: np.dtype[Any] = np.dtype(kind.value_type.to_pandas_dtype())

@@ -67,18 +67,25 @@ def publish(config: CommonConfig, outcome: CellOutcome) -> None:
     reader = StageReader(outcome.report.path)
     report = read_report(outcome.report)
 
-    def data_uri(name: str) -> str:
-        png = reader.path(f"{name}.png").read_bytes()
-        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    def image(name: str) -> str:
+        return _data_uri(reader.path(f"{name}.png").read_bytes())
 
     key = re.sub(r"[^a-z0-9]+", "-", outcome.label.lower())
     create_markdown_artifact(
-        render_markdown(report, data_uri), key=f"report-{key}", description=f"Collision report of {outcome.label}"
+        render_markdown(report, image), key=f"report-{key}", description=f"Collision report of {outcome.label}"
     )
     levels = [
         {name: value for name, value in level.items() if name != "load_curve"} for level in report.to_dict()["levels"]
     ]
     create_table_artifact(levels, key=f"levels-{key}", description=f"Codes used and load of each level, {outcome.label}")
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _with_plot(table: str, image: str | None) -> str:
+    return f"{table}\n![Collision rate against relative MSE]({image})\n" if image else table
 
 
 def collect(cells: Sequence[BuildConfig], futures: Sequence[PrefectFuture[CellOutcome]]) -> list[CellOutcome | FailedCell]:
@@ -102,17 +109,16 @@ def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -
         outcome if isinstance(outcome, FailedCell) else read_report(outcome.report) for outcome in outcomes
     )
     plot = plot_comparison(rows)
-    markdown = render_comparison(rows)
-    for name, data in {
+    table = render_comparison(rows)
+    files = {
         "comparison.json": (json.dumps(rows, indent=1) + "\n").encode(),
-        "comparison.md": f"{markdown}\n![collision rate against error](comparison.png)\n".encode(),
-        "comparison.png": plot,
-    }.items():
+        "comparison.md": _with_plot(table, "comparison.png" if plot else None).encode(),
+    } | ({"comparison.png": plot} if plot else {})
+    for name, data in files.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != data:
             commit_bytes(folder / name, data)
-    image = f"data:image/png;base64,{base64.b64encode(plot).decode()}"
     create_markdown_artifact(
-        f"{markdown}\n![collision rate against error]({image})\n",
+        _with_plot(table, _data_uri(plot) if plot else None),
         key=COMPARISON_KEY,
         description=f"Comparison of {len(rows)} cells",
     )
@@ -131,9 +137,12 @@ def sweep_state(outcomes: Sequence[CellOutcome | FailedCell]) -> State[Any]:
     return Completed(name="CompletedWithFailures", message=message)
 
 
-def print_comparison(config: SweepConfig) -> int:
-    """Print the comparison table and where everything is; return 0, or 1 if a cell failed."""
+def print_comparison(config: SweepConfig, state: State[Any]) -> int:
+    """Print the comparison table and where everything is; return the exit code: 1 if a cell or the sweep failed."""
     folder = Path(config.out)
+    if state.is_failed() and not (state.message or "").endswith("cells completed"):
+        print(f"The sweep did not reach its comparison: {state.message}")
+        return 1
     rows: list[dict[str, Any]] = json.loads((folder / "comparison.json").read_bytes())
     print(f"\n{format_table(rows)}\n")
     print(f"Comparison and plot   {folder / 'comparison.md'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from semids import pipeline
+from semids import pipeline, reporting
 from semids.config import BuildConfig, CommonConfig
 from semids.stages import Ref, Stage
 from tasks.stage import run_as_task
@@ -39,8 +39,7 @@ def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Ref:
     return run_as_task(config.out, pipeline.assign_ids(config, items, codes), hours=12, tags=("ids",))
 
 
-def write_report(config: CommonConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Ref:
+def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Ref:
     """Measure the codes, and write the report with its plots."""
-    return run_as_task(
-        config.out, pipeline.write_report(config, items, vectors, model, codes), hours=12, tags=("report",)
-    )
+    stage = reporting.write_report(config, items, vectors, model, codes)
+    return run_as_task(config.out, stage, hours=12, tags=("report",))

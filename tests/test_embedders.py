@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub.constants
 import numpy as np
@@ -21,6 +22,7 @@ import pytest
 import safetensors.torch
 import tiny_models
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 from pydantic import ValidationError
 
 from semids.embedders._encoder import check_encoder
@@ -498,3 +500,21 @@ def test_model_that_is_not_cached_is_asked_for_clearly_without_a_connection(
     with pytest.raises(UsageError, match=r"is not cached and the hub cannot be reached; fetch it"):
         identity("Qwen/Qwen3-Embedding-0.6B")
     assert no_network == []
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (GatedRepoError, "google/gemma-3-270m is gated: accept its terms"),
+        (RevisionNotFoundError, "the hub has no google"),
+    ],
+)
+def test_refusal_of_the_hub_says_what_to_do(
+    error: type[HfHubHTTPError], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, local_files_only: bool, **__: Any) -> Any:
+        raise LocalEntryNotFoundError("not cached") if local_files_only else error("no", response=Mock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UsageError, match=match):
+        identity("google/gemma-3-270m")

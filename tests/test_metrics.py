@@ -154,8 +154,10 @@ def test_random_ids_collide_as_uniform_hashing_predicts() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("industrial", (3_686, 3_670, 0.0043, 0.0084, 3, [48, 256, 256], [41, 242, 226])),
-        ("arts", (20_956, 20_887, 0.0033, 0.0063, 5, [242], [180, 181])),
+        ("industrial", (3_686, 3_670, 0.0043, 0.0084, 3, [48, 256, 256], [40.72, 241.66, 225.64])),
+        # The table that came with the data says 181 for this perplexity. Over items it is 180.49, over distinct
+        # IDs 180.57; the latter would make the third industrial one 227.39, and the table says 226.
+        ("arts", (20_956, 20_887, 0.0033, 0.0063, 5, [242], [180.49])),
     ],
 )
 def test_published_indexes_give_their_known_figures(name: str, expected: tuple[Any, ...]) -> None:
@@ -169,12 +171,7 @@ def test_published_indexes_give_their_known_figures(name: str, expected: tuple[A
     assert figures.collision_rate == pytest.approx(collision_rate, abs=5e-5)
     assert figures.colliding_share == pytest.approx(colliding_share, abs=5e-5)
     assert [level.codes_used for level in figures.levels][: len(used)] == used
-    found = [level.perplexity for level in figures.levels]
-    if name == "arts":
-        # The table says 181; 180.49 is what the data give, to the nearest integer above.
-        assert found[0] == pytest.approx(180.49, abs=0.01)
-    else:
-        assert [round(value or 0) for value in found] == perplexity
+    assert [level.perplexity for level in figures.levels][: len(used)] == pytest.approx(perplexity, abs=0.01)
     assert figures.duplicate_floor is None
     assert figures.capacity is None
 

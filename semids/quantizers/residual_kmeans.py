@@ -29,7 +29,7 @@ REFIT_STEPS = 6
 above the nearest mapping, 12 leave 0.7 %."""
 RELATIVE_EPSILON = 0.01
 """Smoothing of the uniform mapping over the standard deviation of its costs."""
-MAX_ITERATIONS = 1000
+MAX_ITERATIONS = 60
 COST_BYTES = 1 << 30
 """Largest cost matrix that potentials are fitted on; it bounds their sample at large codebooks."""
 

@@ -1,0 +1,41 @@
+# make run    sweep the sample catalogue and print the comparison
+# make test   run the tests
+# make up     start a local Prefect server with its dashboard, and serve the deployments
+PYTHON ?= python3
+BIN := .venv/bin
+# A home of its own: the project's runs, results and database stay out of the user's own Prefect.
+export PREFECT_HOME ?= $(CURDIR)/.prefect
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
+export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
+export PREFECT_LOGGING_EXTRA_LOGGERS ?= semids
+export PREFECT_SERVER_API_HOST ?= 127.0.0.1
+export PREFECT_SERVER_API_PORT ?= 4200
+
+.PHONY: install run test check up clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cpu,minilm,dev]'
+	touch $@
+
+runs/sample.parquet: | install
+	$(BIN)/semids sample $@
+
+run: install runs/sample.parquet
+	$(BIN)/python -m flows.sweep deployments/configs/sample-sweep.yaml
+
+test: install
+	$(BIN)/python -m pytest -n 2
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+up: install runs/sample.parquet
+	$(BIN)/python -m deployments.up
+
+clean:
+	rm -rf .venv runs .prefect
