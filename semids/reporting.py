@@ -63,7 +63,7 @@ def _write_report(
             {name: value for name, value in step.items() if name != "fingerprint"}
             for step in StageReader(model.path).summary["training"]
         ],
-        catalogue=readers[0].summary,
+        catalogue=_catalogue(readers[0].summary),
         timings={reader.manifest["title"]: reader.manifest["run"]["seconds"] for reader in readers},
         peak_rss_bytes=max(peak_rss_bytes(), *(reader.manifest["run"]["peak_rss_bytes"] for reader in readers)),
         versions=library_versions(),
@@ -74,6 +74,18 @@ def _write_report(
         output.commit_bytes(f"{name}.png", png)
     output.commit_bytes("report.md", render_markdown(report, lambda name: f"{name}.png").encode())
     return {"title": config.label}
+
+
+def _catalogue(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what came in, as the report shows it."""
+    texts = summary["kind"] == "texts"
+
+    def counts(part: Mapping[str, Any]) -> dict[str, Any]:
+        contents = {"distinct_texts": part["distinct_contents"]} if texts else {}
+        return {"items": part["items"], "distinct_products": part.get("distinct_products"), **contents}
+
+    splits = {name: counts(split) for name, split in summary["splits"].items()}
+    return {**counts(summary), "quarantined": sum(summary["quarantined"].values()), "splits": splits}
 
 
 def _training_steps(model: Ref) -> list[Ref]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +93,12 @@ def run_as_task(folder: str, stage: Stage, *, hours: float, tags: tuple[str, ...
     Prefect's cache never looks at files: where it answers with some that are gone or changed, the task runs again.
 
     Args:
-        hours: a task that takes longer is stopped and fails.
+        hours: a task that takes longer is stopped and fails. In a worker thread, where a cell of a sweep runs,
+            Prefect cannot interrupt anything, so none is set there.
         tags: shown in the dashboard; a concurrency limit on a tag bounds all stages that carry it.
     """
-    configured = run_stage_task.with_options(timeout_seconds=hours * HOUR, tags=tags)
+    interruptible = threading.current_thread() is threading.main_thread()
+    configured = run_stage_task.with_options(timeout_seconds=hours * HOUR if interruptible else None, tags=tags)
     state: State[Ref] = configured(folder, stage, return_state=True)
     ref = state.result()
     if state.name == "Cached" and not ref.is_present():
