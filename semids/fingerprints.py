@@ -70,27 +70,28 @@ def _closure(modules: Iterable[str]) -> set[str]:
     return found
 
 
-@functools.cache
-def _source(module: str) -> ast.Module:
+def _parse(module: str) -> ast.Module:
+    # A tree of its own for every caller: threads digest at the same time, and digesting strips the tree.
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise AssertionError(f"module {module} has no source file")
     return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
 
 
-def _imports(module: str) -> set[str]:
+@functools.cache
+def _imports(module: str) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(_source(module)):
+    for node in ast.walk(_parse(module)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{PACKAGE}."):
             names.add(node.module)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE}."))
-    return names
+    return frozenset(names)
 
 
 @functools.cache
 def _module_digest(module: str) -> str:
-    return _tree_digest(_source(module))
+    return _tree_digest(_parse(module))
 
 
 def _tree_digest(tree: ast.AST) -> str:

@@ -123,7 +123,7 @@ def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -
         description=f"Comparison of {len(rows)} cells",
     )
     create_table_artifact(rows, key=f"{COMPARISON_KEY}-table", description=f"Figures of {len(rows)} cells")
-    get_run_logger().info("Comparison of %d cells:\n%s", len(rows), format_table(rows))
+    get_run_logger().info("Compared %d cells: %s", len(rows), folder / "comparison.md")
 
 
 def sweep_state(outcomes: Sequence[CellOutcome | FailedCell]) -> State[Any]:

@@ -470,6 +470,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return tried
 
 
+@pytest.mark.parametrize(("stored", "computed"), [("bfloat16", "bfloat16"), ("float16", "float32"), (None, "float32")])
+def test_auto_dtype_follows_the_checkpoint_and_not_the_machine(
+    stored: str | None, computed: str, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen3"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = stored
+    (folder / "config.json").write_text(json.dumps(config))
+    assert identity(folder, dtype="auto")["dtype"] == computed
+
+
 def test_local_model_tries_no_connection(checkpoints: dict[str, str], no_network: list[Any]) -> None:
     loaded(checkpoints["qwen3"], dtype="auto").embed(TEXTS)
     assert no_network == []

@@ -231,6 +231,13 @@ def test_row_groups_are_cut_alike_whatever_the_buckets(scan, tmp_path, monkeypat
     assert one.contents.equals(many.contents)
 
 
+def test_pages_of_long_texts_are_cut_alike_whatever_the_buckets(scan, tmp_path, monkeypatch):
+    path = texts_of(tmp_path / "items.jsonl", [f"{row} " * 400 for row in range(2500)])
+    one = scan(path)
+    monkeypatch.setattr(contents, "BUCKET_BYTES", 30_000)
+    assert scan(path).files == one.files
+
+
 @pytest.mark.parametrize("equal_bytes", [0, 8, 12])
 def test_digests_that_share_their_leading_bytes_are_still_told_apart(scan, tmp_path, monkeypatch, equal_bytes):
     rows = many_rows(300)
@@ -466,6 +473,7 @@ BAD_TEXTS = [
 
 @pytest.mark.parametrize(("text", "reason"), [bad[1:] for bad in BAD_TEXTS], ids=[bad[0] for bad in BAD_TEXTS])
 def test_an_unusable_text_is_quarantined_with_its_id_row_and_reason(scan, tmp_path, text, reason):
+    """Guard: `items._encode`."""
     path = texts_of(tmp_path / "items.jsonl", ["first", text, "third"])
     result = scan(path, max_quarantine_fraction=0.4)
     assert result.quarantine.to_dicts() == [{"row": 1, "item_id": 1, "reason": reason}]
@@ -481,6 +489,13 @@ def test_parquet_and_jsonl_quarantine_the_same_texts(scan, tmp_path):
     parquet = scan(write_parquet(tmp_path / "items.parquet", rows), **options)
     assert parquet.files == scan(write_jsonl(tmp_path / "items.jsonl", rows), **options).files
     assert parquet.summary["items"] == 2
+
+
+def test_a_10_mb_csv_field_is_quarantined_like_any_other(scan, tmp_path):
+    """Guard: `readers.LONGEST_CSV_FIELD`; the csv module gives up at 128 KiB."""
+    (tmp_path / "items.csv").write_text(f"item_id,text\n1,{'x' * 10_000_000}\n2,b\n3,{'y' * 500_000}\n")
+    result = scan(tmp_path / "items.csv", max_quarantine_fraction=0.5)
+    assert result.quarantine.to_dicts() == [{"row": 0, "item_id": "1", "reason": "text over 1 MiB"}]
 
 
 @pytest.mark.parametrize(
@@ -502,6 +517,7 @@ def test_harmless_or_hostile_but_valid_text_is_kept_as_it_is(scan, tmp_path, tex
     ],
 )
 def test_an_unusable_id_is_quarantined(scan, tmp_path, identifier, stored, reason):
+    """Guard: `Intake._id_fault`."""
     rows = [{"item_id": "a", "text": "first"}, {"item_id": identifier, "text": "second"}]
     result = scan(write_jsonl(tmp_path / "items.jsonl", rows), max_quarantine_fraction=0.5)
     assert result.quarantine.to_dicts() == [{"row": 1, "item_id": stored, "reason": reason}]
@@ -523,6 +539,7 @@ def test_an_item_without_a_split_is_quarantined(scan, tmp_path, split):
 
 
 def test_more_unusable_items_than_allowed_end_the_run_with_counts_and_first_ids(scan, tmp_path):
+    """Guard: the first comparison in `Intake.judge`."""
     texts = [f"t{row}" for row in range(97)] + ["", "", "a\0"]
     path = texts_of(tmp_path / "items.jsonl", texts)
     message = (
@@ -581,6 +598,7 @@ def test_a_split_name_with_control_characters_is_refused(scan, tmp_path):
 
 @pytest.mark.parametrize("ids", [["a", "b", "a", "c", "b"], [1, 2, 1, 3, 2]])
 def test_duplicate_ids_are_refused_and_named_over_splits_and_files(scan, tmp_path, ids):
+    """Guard: `Intake._check_unique`."""
     parts = tmp_path / "parts"
     parts.mkdir()
     for row, name in enumerate(ids):
@@ -645,6 +663,7 @@ def test_a_jsonl_file_cut_within_its_last_line_is_refused_by_line(scan, tmp_path
     ],
 )
 def test_a_csv_file_that_is_cut_off_or_malformed_is_refused_by_line(scan, tmp_path, text, message):
+    """Guards: `strict` in `readers._open_csv`, and the number of fields."""
     (tmp_path / "items.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         scan(tmp_path / "items.csv")
@@ -660,6 +679,7 @@ def test_a_jsonl_line_that_is_no_object_is_refused(scan, tmp_path, line):
 @pytest.mark.parametrize("keep", [0, 3, 0.5, 0.9])
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl.gz", ".csv.gz", ".jsonl.zst"])
 def test_a_truncated_binary_file_is_refused_by_name(scan, tmp_path, suffix, keep):
+    """Guards: `readers.reading`, and the size in `readers._open_stream`."""
     path = tmp_path / f"items{suffix}"
     rows = many_rows(2000)
     if suffix == ".parquet":
@@ -782,7 +802,9 @@ def test_a_parquet_vector_column_is_found_and_its_items_keep_ids_splits_and_prod
     ],
 )
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+@pytest.mark.filterwarnings("error")
 def test_an_unusable_vector_is_quarantined(scan, tmp_path, suffix, value, dtype, reason):
+    """Guard: `arrays.unusable_rows` as `vector_items._faults` asks it."""
     vectors = np.ones((10, 4), dtype)
     vectors[3, :] = 0
     vectors[3, 1] = value
@@ -833,6 +855,7 @@ def test_a_file_without_a_list_in_the_vector_column_is_refused(scan, tmp_path):
 
 
 def test_vectors_of_unequal_lengths_are_refused(scan, tmp_path):
+    """Guards: `_ParquetPart._to_rows` within a file, `VectorSource` between files."""
     ragged = pa.array([[1.0, 2.0], [1.0, 2.0, 3.0]], pa.list_(pa.float32()))
     pq.write_table(pa.table({"item_id": [1, 2], "v": ragged}), tmp_path / "ragged.parquet")
     with pytest.raises(ShapeError, match=r"expected 2 dimensions in 'v' of .*, got 3 in row 1"):
@@ -857,6 +880,7 @@ class Planted:
 
 
 def test_a_pickle_planted_in_an_npy_file_is_not_executed(scan, tmp_path):
+    """Guard: `open_memmap`, which has no unpickling in it, in place of `np.load`."""
     marker = tmp_path / "executed"
     np.save(tmp_path / "v.npy", np.array([[Planted(marker)]], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"v\.npy holds Python objects \(pickle\), which are never loaded"):
@@ -1009,6 +1033,7 @@ print(peak)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 def test_memory_at_8_times_the_items_is_at_most_a_tenth_more(tmp_path):
+    """Guard: `contents.BUCKET_BYTES`, and the spools in `scratch`."""
     rng = np.random.default_rng(0)
     words = pa.array([f"word{number}" for number in range(5000)])
     peaks = []

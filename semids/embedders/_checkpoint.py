@@ -67,6 +67,12 @@ class Checkpoint:
         return {name: digest_file(self.folder / name) for name in sorted(names)}
 
     @property
+    def stored_dtype(self) -> str | None:
+        """The type of the weights, as config.json names it; None where it names none."""
+        config = self.config.get("text_config") or self.config
+        return config.get("dtype") or config.get("torch_dtype")
+
+    @property
     def declared_poolings(self) -> tuple[str, ...]:
         """The pooling modes that 1_Pooling/config.json names, in its own words; empty where it is absent."""
         declared = self._read("1_Pooling/config.json")

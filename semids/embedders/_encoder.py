@@ -112,7 +112,7 @@ def load_encoder(
 
     Args:
         max_tokens: longer texts are cut to it.
-        dtype: `float32`, `bfloat16`, or `auto` for float32 on a CPU and bfloat16 on a GPU.
+        dtype: `float32` or `bfloat16`.
         dimensions: components to keep; None keeps all.
 
     Raises:
@@ -126,8 +126,6 @@ def load_encoder(
     from safetensors import SafetensorError
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _quiet_transformers():

@@ -60,8 +60,9 @@ class TransformerSettings(EmbedderSettings):
     """Longer texts are cut to this many tokens. Empty takes the checkpoint's own limit, or 512 where it names
     none. Fewer is faster and loses the ends of long texts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The numbers computed with. auto is float32 on a CPU and bfloat16, faster and half the memory, on a GPU.
-    The two differ by about 0.01 a component: name one if a run may move between machines."""
+    """The numbers computed with. auto is bfloat16, faster and half the memory on a GPU, for a checkpoint stored in
+    it, else float32. It does not depend on the machine: the two differ by about 0.01 a component. Set float32
+    for such a checkpoint on a CPU."""
     dimensions: int | None = Field(default=None, ge=1)
     """Keep only the first so many components, for a model trained to allow it (Matryoshka, such as
     Qwen3-Embedding). Empty keeps all."""
@@ -104,7 +105,7 @@ class TransformerEmbedder(Embedder):
             "files": self._checkpoint.digests,
             "pooling": self._pooling,
             "max_tokens": self._max_tokens,
-            "dtype": self.settings.dtype,
+            "dtype": self._dtype,
             "dimensions": self.settings.dimensions,
             "normalized": True,
         }
@@ -122,7 +123,7 @@ class TransformerEmbedder(Embedder):
                 self._checkpoint,
                 pooling=self._pooling,
                 max_tokens=self._max_tokens,
-                dtype=self.settings.dtype,
+                dtype=self._dtype,
                 dimensions=self.settings.dimensions,
             )
 
@@ -182,6 +183,13 @@ class TransformerEmbedder(Embedder):
             f"expected {self.settings.model} to declare mean or lasttoken pooling, got "
             f"{' and '.join(declared) or 'no declaration'}; set pooling to mean or last, whichever it was trained with"
         )
+
+    @cached_property
+    def _dtype(self) -> str:
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
+        # float16 checkpoints are computed in float32: float16 gives NaN on real texts.
+        return "bfloat16" if self._checkpoint.stored_dtype == "bfloat16" else "float32"
 
     @cached_property
     def _max_tokens(self) -> int:
