@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from semids.scratch import Spool
+from semids.scratch import Scratch
 
 DIGEST_BYTES = 16
 GROUP_ROWS = 65_536
@@ -72,7 +72,7 @@ class Buckets:
     The result does not depend on the number of buckets; memory does: it holds one bucket at a time.
     """
 
-    def __init__(self, scratch: Path, input_bytes: int, *, has_texts: bool) -> None:
+    def __init__(self, scratch: Scratch, input_bytes: int, *, has_texts: bool) -> None:
         """Open the buckets, a power of two of them.
 
         Args:
@@ -83,7 +83,7 @@ class Buckets:
         if has_texts:
             fields["text"] = pa.large_string()
         self._has_texts = has_texts
-        self._spools = [Spool(scratch / f"bucket-{bucket:03d}", fields) for bucket in range(1 << self._bits)]
+        self._spools = [scratch.spool(f"bucket-{bucket:03d}", fields) for bucket in range(1 << self._bits)]
 
     def __len__(self) -> int:
         """Return the number of buckets."""

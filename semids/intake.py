@@ -19,7 +19,7 @@ from semids.catalogue import Catalogue
 from semids.contents import TableWriter
 from semids.errors import DataError, UsageError
 from semids.readers import Columns
-from semids.scratch import KeySpool, Spool, count_distinct
+from semids.scratch import KeySpool, Scratch, count_distinct
 from semids.stages import StageOutput
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -65,20 +65,20 @@ class Intake:
 
     Args:
         catalogue: what is read, and the columns that name ids, splits, brands and categories.
-        scratch: an existing folder for the spools.
+        scratch: where the spools are kept.
     """
 
-    def __init__(self, catalogue: Catalogue, scratch: Path) -> None:
+    def __init__(self, catalogue: Catalogue, scratch: Scratch) -> None:
         self._settings = catalogue.settings
         self._files = f"{len(catalogue.files)} {catalogue.format} file{'s' * (len(catalogue.files) > 1)}"
         self._has_integers = catalogue.id_kind == "integer"
         self._id_type = pa.int64() if self._has_integers else pa.string()
         self._scratch = scratch
-        self._usable = Spool(scratch / "items", {"item_id": self._id_type, "split": pa.uint8()})
-        self._refused = Spool(
-            scratch / "quarantine", {"row": pa.uint64(), "item_id": self._id_type, "reason": pa.string()}
+        self._usable = scratch.spool("items", {"item_id": self._id_type, "split": pa.uint8()})
+        self._refused = scratch.spool(
+            "quarantine", {"row": pa.uint64(), "item_id": self._id_type, "reason": pa.string()}
         )
-        self._keys = KeySpool(scratch / "ids")
+        self._keys = scratch.keys("ids")
         self._products: list[KeySpool] = []
         self._numbers: dict[str, int] = {}
         self._first_refused: list[str] = []
@@ -149,7 +149,7 @@ class Intake:
                     f"{name[:80]!r}; is it the right column?"
                 )
             number = self._numbers[name] = len(self._numbers)
-            self._products.append(KeySpool(self._scratch / f"products-{number}"))
+            self._products.append(self._scratch.keys(f"products-{number}"))
         return number
 
     def _id_fault(self, identifier: Any, row: int) -> str | None:

@@ -60,7 +60,7 @@ def scan_texts(settings: CatalogueSettings, output: StageOutput) -> dict[str, An
         _read(catalogue, intake, buckets, output)
         intake.judge()
         counts = ContentCounts(intake.splits)
-        content_ids = allocate(scratch / "content_ids", np.uint32, (intake.items,))
+        content_ids = allocate(scratch.folder / "content_ids", np.uint32, (intake.items,))
 
         def write_contents(path: Path) -> None:
             fields = content_fields(intake.splits, {"digest": pa.binary(16), "text": pa.large_string()})

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -16,24 +16,48 @@ from semids.errors import StorageError
 from semids.stages import StageOutput
 
 
+class Scratch:
+    """A folder for intermediate data, and the files in it that are still being written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = contextlib.ExitStack()
+
+    def spool(self, name: str, fields: Mapping[str, Any]) -> Spool:
+        """Return a new spool of record batches with the given fields and Arrow types."""
+        sink = self._files.enter_context(pa.OSFile(str(self.folder / name), "wb"))
+        return Spool(self.folder / name, sink, pa.schema(fields))
+
+    def keys(self, name: str) -> KeySpool:
+        """Return a new spool of 64-bit keys."""
+        return KeySpool(self.folder / name, self._files.enter_context((self.folder / name).open("wb")))
+
+    def close(self) -> None:
+        """Close every file: a deleted one would keep its disk space for as long as it is open."""
+        self._files.close()
+
+
 @contextlib.contextmanager
-def scratch_folder(output: StageOutput, name: str) -> Generator[Path]:
+def scratch_folder(output: StageOutput, name: str) -> Generator[Scratch]:
     """Give an empty folder for intermediate data, and remove it however the context ends.
 
     Raises:
         StorageError: the file system refused a read or write of intermediate data.
     """
     folder = output.scratch(name)
+    scratch = Scratch(folder)
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        yield folder
+        yield scratch
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(
             f"cannot use {folder} for intermediate data: {reason}; free some space, run again"
         ) from error
     finally:
+        with contextlib.suppress(OSError):
+            scratch.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -54,11 +78,12 @@ def allocate(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> NDA
 class Spool:
     """Record batches kept on disk between two passes; read back batch by batch as they were appended."""
 
-    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, sink: Any, schema: Any) -> None:
+        """Write to `sink`, the open file at `path`; see `Scratch.spool`."""
         self._path = path
-        self._schema = pa.schema(fields)
-        self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, self._schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+        self._sink = sink
+        self._schema = schema
+        self._writer = pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
 
     def append(self, *columns: Any) -> None:
         """Append one batch: a list, numpy or Arrow array for each field."""
@@ -87,9 +112,10 @@ class Spool:
 class KeySpool:
     """64-bit keys kept on disk and sorted there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        """Write to `file`, the open file at `path`; see `Scratch.keys`."""
         self._path = path
-        self._file = path.open("wb")
+        self._file = file
         self._rows = 0
 
     def append(self, keys: NDArray[np.uint64]) -> None:

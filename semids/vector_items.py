@@ -24,7 +24,7 @@ from semids.contents import (
 from semids.errors import DataError, ShapeError, UsageError
 from semids.intake import Intake, commit_items
 from semids.readers import BATCH_BYTES, BATCH_ROWS, Columns, is_list, open_parquet, reading
-from semids.scratch import Spool, allocate, scratch_folder
+from semids.scratch import Scratch, Spool, allocate, scratch_folder
 from semids.stages import StageOutput
 
 # What a bucket holds of an item, with room to sort it.
@@ -227,7 +227,7 @@ def scan_vectors(settings: CatalogueSettings, output: StageOutput) -> dict[str, 
     with scratch_folder(output, "buckets") as scratch:
         intake = Intake(catalogue, scratch)
         buckets = Buckets(scratch, source.rows * ROW_BYTES, has_texts=False)
-        seen = Spool(scratch / "seen", {"row": pa.uint64(), "high": pa.uint64(), "low": pa.uint64()})
+        seen = scratch.spool("seen", {"row": pa.uint64(), "high": pa.uint64(), "low": pa.uint64()})
         block_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // (source.dimensions * 4)))
         for first_row, columns in _id_batches(catalogue, source.rows, block_rows):
             count = len(columns[settings.id_column])
@@ -277,12 +277,12 @@ def _digest_rows(vectors: Vectors) -> list[bytes]:
 
 
 def _commit_in_order(
-    intake: Intake, buckets: Buckets, seen: Spool, scratch: Path, output: StageOutput
+    intake: Intake, buckets: Buckets, seen: Spool, scratch: Scratch, output: StageOutput
 ) -> ContentCounts:
     """Commit items and contents, contents in order of their first item."""
     counts = ContentCounts(intake.splits)
-    first_of = allocate(scratch / "first_of", np.int64, (intake.items,))
-    count_at = allocate(scratch / "count_at", np.uint32, (intake.items, len(intake.splits)))
+    first_of = allocate(scratch.folder / "first_of", np.int64, (intake.items,))
+    count_at = allocate(scratch.folder / "count_at", np.uint32, (intake.items, len(intake.splits)))
     done = 0
     for group in buckets.groups(intake.split_order):
         first_of[group.items] = group.firsts[group.contents]
@@ -290,7 +290,7 @@ def _commit_in_order(
         counts.add(group.counts)
         done += len(group.items)
         output.progress("find equal vectors", done, intake.items, "items")
-    content_ids = allocate(scratch / "content_ids", np.uint32, (intake.items,))
+    content_ids = allocate(scratch.folder / "content_ids", np.uint32, (intake.items,))
 
     def write_contents(path: Path) -> None:
         fields = content_fields(intake.splits, {"digest": pa.binary(16), "row": pa.uint64()})
