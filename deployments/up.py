@@ -17,6 +17,7 @@ from types import FrameType
 
 import yaml
 from prefect import serve
+from prefect.deployments.runner import RunnerDeployment
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.build import build
@@ -49,8 +50,26 @@ def start_server(host: str, port: str) -> subprocess.Popen[bytes]:
     raise RuntimeError(f"the Prefect server did not answer on port {port} within {START_SECONDS} s")
 
 
+def deployments() -> list[RunnerDeployment]:
+    """Return the deployments of both flows, prefilled with the sample configurations."""
+    described = {
+        "build": (build, "One configuration: a catalogue in, semantic IDs and a collision report out."),
+        "sweep": (sweep, "Every combination of shapes, mappings and quantizers, compared."),
+    }
+    return [
+        RunnerDeployment.from_flow(
+            flow,
+            name=name,
+            parameters={"config": yaml.safe_load((CONFIGS / f"sample-{name}.yaml").read_text(encoding="utf-8"))},
+            description=description,
+            tags=["semids"],
+        )
+        for name, (flow, description) in described.items()
+    ]
+
+
 def main() -> None:
-    """Start the server and serve both deployments, prefilled with the sample configurations."""
+    """Start the server and serve the deployments."""
     host = os.environ.get("PREFECT_SERVER_API_HOST", "127.0.0.1")
     port = os.environ.get("PREFECT_SERVER_API_PORT", "4200")
 
@@ -63,20 +82,7 @@ def main() -> None:
     try:
         with temporary_settings({PREFECT_API_URL: f"http://{host}:{port}/api"}):
             os.environ["PREFECT_API_URL"] = f"http://{host}:{port}/api"  # for the processes that run the flows
-            serve(
-                build.to_deployment(
-                    "build",
-                    parameters={"config": yaml.safe_load((CONFIGS / "sample-build.yaml").read_text())},
-                    description="One configuration: a catalogue in, semantic IDs and a collision report out.",
-                    tags=["semids"],
-                ),
-                sweep.to_deployment(
-                    "sweep",
-                    parameters={"config": yaml.safe_load((CONFIGS / "sample-sweep.yaml").read_text())},
-                    description="Every combination of shapes, mappings and quantizers, compared.",
-                    tags=["semids"],
-                ),
-            )
+            serve(*deployments())
     except KeyboardInterrupt:
         pass
     finally:

@@ -6,10 +6,10 @@ Run it with `python -m flows.sweep CONFIG.yaml`, or from a deployment.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow, task
-from prefect.states import State
+from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.cells import CellOutcome, collect, compare, find_cell, own_run_folder, print_comparison, publish, sweep_state
@@ -44,7 +44,7 @@ def run_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
 @flow(
     name="sweep",
     flow_run_name="sweep · {config.label}",
-    task_runner=ThreadPoolTaskRunner(max_workers=CELLS_AT_A_TIME),
+    task_runner=cast("Any", ThreadPoolTaskRunner(max_workers=CELLS_AT_A_TIME)),
 )
 def sweep(config: SweepConfig) -> State[Any]:
     """Build every combination of shapes, mappings and quantizers over one catalogue, and compare them.

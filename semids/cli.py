@@ -53,9 +53,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or that of sysexits(3) for the error that ended it."""
     to_terminal = sys.stderr.isatty()
-    logging.basicConfig(
-        level=logging.INFO if to_terminal else logging.WARNING, format="%(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=logging.INFO if to_terminal else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for chatty in ("transformers", "sentence_transformers", "huggingface_hub", "httpx", "faiss"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:

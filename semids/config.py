@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from semids.arrays import format_shape, parse_shape
+from semids.catalogue import CatalogueSettings
 from semids.embedders.base import Embedder, EmbedderSettings, embedder_types
 from semids.errors import UsageError
-from semids.catalogue import CatalogueSettings
 from semids.quantizers.base import MAPPINGS, MappingName, Quantizer, QuantizerSettings, quantizer_types
 from semids.settings import Settings
 
@@ -45,7 +55,7 @@ if TYPE_CHECKING:
     QuantizerOptions = Settings
 else:
     # The families decide: a new member appears here, in the run form and in YAML because its file exists.
-    AnyEmbedderSettings = Union[tuple(member.settings_type for member in EMBEDDERS.values())]
+    AnyEmbedderSettings = functools.reduce(operator.or_, (member.settings_type for member in EMBEDDERS.values()))
     if len(get_args(AnyEmbedderSettings)) > 1:
         AnyEmbedderSettings = Annotated[AnyEmbedderSettings, Field(discriminator="kind")]
     QuantizerOptions = create_model(
@@ -173,10 +183,10 @@ def make_config(kind: type[BuildConfig] | type[SweepConfig], values: dict[str, A
     try:
         return kind(**values)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'configuration'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors(include_url=False, include_input=False, include_context=False)
-        )
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        places = [".".join(str(part) for part in fault["loc"]) or "configuration" for fault in found]
+        messages = [fault["msg"].removeprefix("Value error, ") for fault in found]
+        faults = "; ".join(f"{place}: {message}" for place, message in zip(places, messages, strict=True))
         raise UsageError(f"{source}: {faults}") from error
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,9 +143,7 @@ def _import_vectors(catalogue: Any, items: Ref, output: StageOutput) -> dict[str
 # Vectors to a frozen quantizer
 
 
-def train_step(
-    config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep, needed: Mapping[str, Ref]
-) -> Stage:
+def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep, needed: Mapping[str, Ref]) -> Stage:
     """Run one step of the quantizer's training."""
     quantizer = config.make_quantizer()
     return make_stage(
@@ -241,7 +238,10 @@ def encode_vectors(vectors: Ref, model: Ref) -> Stage:
         "Encode the vectors",
         _encode,
         (vectors, model),
-        inputs={"vectors": vectors, "model": StageReader(model.path).manifest["files"]["tensors.safetensors"]["sha256"]},
+        inputs={
+            "vectors": vectors,
+            "model": StageReader(model.path).manifest["files"]["tensors.safetensors"]["sha256"],
+        },
         parameters={},
         modules=[quantizer.__module__],
     )
@@ -310,7 +310,7 @@ def _assign_ids(suffix: bool, items: Ref, codes: Ref, output: StageOutput) -> di
 def multiplicities(items: Ref) -> dict[str, NDArray[np.uint32]]:
     """Return how many items of each split have each content: (D,) counts by split name."""
     reader = StageReader(items.path)
-    frame = pl.read_parquet(reader.path("contents.parquet"), columns=[f"items:{name}" for name in reader.summary["splits"]])
+    frame = pl.read_parquet(
+        reader.path("contents.parquet"), columns=[f"items:{name}" for name in reader.summary["splits"]]
+    )
     return {name: frame[f"items:{name}"].to_numpy() for name in reader.summary["splits"]}
-
-

@@ -192,7 +192,8 @@ def render_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     failed = [row for row in rows if "collision_rate" not in row]
     parts: list[str] = []
     if finished:
-        columns = _columns(finished)
+        # A dashboard column is narrow: the cell's name already says shape, mapping and quantizer.
+        columns = [key for key in _columns(finished) if key not in NAMED_BY_THE_CELL]
         cells = [[escape_markdown(_format_cell(row, key)) for key in columns] for row in finished]
         parts.append(markdown_table([HEADINGS[key] for key in columns], cells, left=_text_columns(columns)))
         parts.append(
@@ -211,18 +212,19 @@ HEADINGS = {
     "shape": "shape",
     "mapping": "mapping",
     "quantizer": "quantizer",
-    "capacity_ratio": "capacity",
-    "unique_ids": "unique IDs",
     "collision_rate": "collision rate",
     "floor": "floor",
-    "excess_collisions": "excess",
     "uniform_hash_reference": "uniform hashing",
+    "excess_collisions": "excess",
+    "unique_ids": "unique IDs",
+    "capacity_ratio": "capacity",
     "relative_mse": "relative MSE",
     "recall": "10-NN recall",
     "codes_used": "codes used",
     "seconds": "time",
     "status": "status",
 }
+NAMED_BY_THE_CELL = ("shape", "mapping", "quantizer")
 TEXT_COLUMNS = ("cell", "shape", "mapping", "quantizer", "status")
 
 

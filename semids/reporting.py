@@ -47,7 +47,7 @@ def _write_report(
     relative_mse = _measure_distortion(vectors, codes, counts)
 
     def figures(name: str | None) -> SplitFigures:
-        weights = counts[name] if name is not None else sum(counts.values())
+        weights = counts[name] if name is not None else np.stack(list(counts.values())).sum(axis=0, dtype=np.uint32)
         ids = measure_ids(_chunks(content_codes), _chunks(weights), sizes=sizes)
         return SplitFigures(ids, relative_mse[name].relative_mse, relative_mse[name].undefined_reason)
 
@@ -59,10 +59,10 @@ def _write_report(
         mapping=config.mapping,
         quantizer=config.quantizer,
         neighbours=_measure_neighbours(vectors, model, content_codes, seed=config.seed),
-        training=[
+        training=tuple(
             {name: value for name, value in step.items() if name != "fingerprint"}
             for step in StageReader(model.path).summary["training"]
-        ],
+        ),
         catalogue=_catalogue(readers[0].summary),
         timings={reader.manifest["title"]: reader.manifest["run"]["seconds"] for reader in readers},
         peak_rss_bytes=max(peak_rss_bytes(), *(reader.manifest["run"]["peak_rss_bytes"] for reader in readers)),

@@ -164,13 +164,13 @@ def adopt_vectors(config: BuildConfig, items: Ref, source: Path, reason: str) ->
     return Stage(stage.name, "Adopt the vectors", stage.ingredients, build)
 
 
-def _adopt(
-    catalogue: CatalogueSettings, items: Ref, source: Path, reason: str, output: StageOutput
-) -> dict[str, Any]:
+def _adopt(catalogue: CatalogueSettings, items: Ref, source: Path, reason: str, output: StageOutput) -> dict[str, Any]:
     if source.is_dir():
         older = StageReader(source)
         if older.manifest["ingredients"]["inputs"].get("items") != items.digest:
-            raise DataError(f"{source} holds vectors of other items; embed again, or adopt them for their own catalogue")
+            raise DataError(
+                f"{source} holds vectors of other items; embed again, or adopt them for their own catalogue"
+            )
         array = older.array("vectors")
         rows, dimensions, dtype = array.layout.rows, array.layout.columns, array.layout.dtype
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 UNKNOWN = "–"
 # Invisible, but part of correct spelling in Persian and Indic scripts and of emoji; they hide and reorder nothing.
 JOINERS = "\u200c\u200d"
-MARKDOWN_SPECIALS = re.compile(r"[&<>\"'`|\[\]()!*_~#\\${}^@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+# An underscore inside a word never opens emphasis.
+MARKDOWN_SPECIALS = re.compile(r"[&<>`|\[\]!*~#\\$^@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 # Only at the start of a line do these make headings, lists, quotes and rules.
 MARKDOWN_OPENERS = re.compile(r"^(?P<number>\d+)?(?P<mark>(?(number)[.)](?=\s|$)|[-+=:]))")
 
@@ -31,12 +32,12 @@ def _is_unsafe(character: str) -> bool:
 def escape_markdown(text: str) -> str:
     """Return text that a Markdown renderer shows as it is, on one line, whatever it holds.
 
-    HTML, images, links, bare addresses, code, emphasis, table cells, headings and formulas are inert. They are
-    written as character references, which CommonMark (section 2.5) never reads as structure and which stay
-    text in an HTML page too, where backslashes would not.
+    HTML, images, links, bare addresses, code, emphasis, table cells, headings and formulas are inert: what could
+    begin them is escaped by a backslash (CommonMark, section 2.4). Character references would be inert too, but
+    Prefect's dashboard shows them as they are written.
     """
-    escaped = MARKDOWN_SPECIALS.sub(lambda found: f"&#{ord(found[0])};", printable(text))
-    return MARKDOWN_OPENERS.sub(lambda found: f"{found['number'] or ''}&#{ord(found['mark'])};", escaped)
+    escaped = MARKDOWN_SPECIALS.sub(lambda found: f"\\{found[0]}", printable(text))
+    return MARKDOWN_OPENERS.sub(lambda found: f"{found['number'] or ''}\\{found['mark']}", escaped)
 
 
 def shorten(text: str, width: int) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict
 
 from semids import runs
@@ -77,7 +78,9 @@ def publish(config: CommonConfig, outcome: CellOutcome) -> None:
     levels = [
         {name: value for name, value in level.items() if name != "load_curve"} for level in report.to_dict()["levels"]
     ]
-    create_table_artifact(levels, key=f"levels-{key}", description=f"Codes used and load of each level, {outcome.label}")
+    create_table_artifact(
+        levels, key=f"levels-{key}", description=f"Codes used and load of each level, {outcome.label}"
+    )
 
 
 def _data_uri(png: bytes) -> str:
@@ -88,7 +91,9 @@ def _with_plot(table: str, image: str | None) -> str:
     return f"{table}\n![Collision rate against relative MSE]({image})\n" if image else table
 
 
-def collect(cells: Sequence[BuildConfig], futures: Sequence[PrefectFuture[CellOutcome]]) -> list[CellOutcome | FailedCell]:
+def collect(
+    cells: Sequence[BuildConfig], futures: Sequence[PrefectFuture[CellOutcome]]
+) -> list[CellOutcome | FailedCell]:
     """Wait for every cell and return its outcome, or why it has none; one failed cell does not stop the others."""
     outcomes: list[CellOutcome | FailedCell] = []
     for config, future in zip(cells, futures, strict=True):

@@ -12,9 +12,9 @@ from uuid import UUID
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
+from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
-from prefect.states import State
 
 from semids.errors import SemidsError, StorageError
 from semids.stages import Ref, Stage, run_stage

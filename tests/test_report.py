@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 import threading
 from dataclasses import replace
@@ -100,7 +101,7 @@ def test_hostile_text_is_shown_as_it_is_and_does_nothing(text: str, place: str) 
 @given(st.text())
 def test_any_text_survives_escaping_as_plain_text(text: str) -> None:
     escaped = escape_markdown(text)
-    assert not set("<>|`[]()!*_~\n\r\x1b") & set(escaped)
+    assert not set("<>|`[]!*~\n\r\x1b") & set(re.sub(r"\\.", "", escaped))
     shown, kinds = visible_text(escaped)
     assert kinds <= {"paragraph_open", "paragraph_close", "inline", "text"}
     assert shown == printable(text)
@@ -131,7 +132,7 @@ def test_hostile_names_leave_no_html_image_or_control_character_in_any_rendering
         # An unescaped | in a name would give its row another number of cells than the headings have.
         tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("| ")]
         assert len(tables) == 6
-        assert all(len({row.count("|") for row in table}) == 1 for table in tables)
+        assert all(len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1 for table in tables)
         for terminal in (render_text(report), format_table(rows)):
             assert not set(terminal) & CONTROLS
 
@@ -289,7 +290,7 @@ def test_the_comparison_has_a_row_a_cell_and_the_reason_of_a_failed_one() -> Non
     assert rows[1] == {"cell": "512x512", "status": "failed: needs 9 GB | has 8"}
     assert json.loads(json.dumps(rows)) == rows
     markdown = render_comparison(rows)
-    assert "- 512x512: failed: needs 9 GB &#124; has 8" in markdown
+    assert "- 512x512: failed: needs 9 GB \\| has 8" in markdown
     assert "**1 of 2 cells have no report:**" in markdown
     assert render_comparison([]) == "No cells.\n"
     assert render_comparison(rows[1:]).startswith("**1 of 1 cells")

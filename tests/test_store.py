@@ -97,7 +97,7 @@ def test_any_flipped_bit_of_a_sealed_file_is_found(tmp_path: Path) -> None:
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        with pytest.raises(CorruptionError, match="sealed.json"):
+        with pytest.raises(CorruptionError, match=r"sealed\.json"):
             read_sealed_json(path)
 
 
