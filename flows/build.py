@@ -14,7 +14,7 @@ from tasks.parameters import BuildConfig, read_config
 from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogue, train_quantizer, write_report
 
 
-@flow(name="build", flow_run_name="build · {config.label}")
+@flow(name="build", flow_run_name="build · {config.label}", persist_result=False, result_serializer="json")
 def build(config: BuildConfig) -> CellOutcome:
     """Turn a catalogue into semantic IDs under one configuration.
 

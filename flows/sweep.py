@@ -19,7 +19,7 @@ from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogu
 CELLS_AT_A_TIME = 2
 
 
-@flow(name="cell", flow_run_name="{config.label}")
+@flow(name="cell", flow_run_name="{config.label}", persist_result=False, result_serializer="json")
 def cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
     """Train, encode and report one configuration of a sweep, on the vectors that all cells share."""
     model = train_quantizer(config, items, vectors)
@@ -29,7 +29,7 @@ def cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
     return CellOutcome(label=config.label, model=model, ids=ids, report=report)
 
 
-@task(task_run_name="cell {config.label}")
+@task(task_run_name="cell {config.label}", persist_result=False, result_serializer="json")
 def run_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
     """Run a cell as a flow with a page of its own, or find that nothing is left to do.
 
@@ -44,6 +44,8 @@ def run_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
 @flow(
     name="sweep",
     flow_run_name="sweep · {config.label}",
+    persist_result=False,
+    result_serializer="json",
     task_runner=cast("Any", ThreadPoolTaskRunner(max_workers=CELLS_AT_A_TIME)),
 )
 def sweep(config: SweepConfig) -> State[Any]:

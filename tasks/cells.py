@@ -61,7 +61,7 @@ def find_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome | No
     return CellOutcome(label=config.label, model=refs.model, ids=refs.ids, report=refs.report)
 
 
-@task(task_run_name="publish {outcome.label}", cache_policy=NO_CACHE)
+@task(task_run_name="publish {outcome.label}", cache_policy=NO_CACHE, result_serializer="json")
 def publish(config: CommonConfig, outcome: CellOutcome) -> None:
     """Show a cell: links in the run folder's results, and its report as artifacts with stable keys."""
     runs.publish(Path(config.out), outcome.label, outcome.refs())
@@ -106,7 +106,7 @@ def collect(
     return outcomes
 
 
-@task(task_run_name="compare the cells", cache_policy=NO_CACHE)
+@task(task_run_name="compare the cells", cache_policy=NO_CACHE, result_serializer="json")
 def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -> None:
     """Write the comparison into the run folder, and show it under one key, whose page is the history of sweeps."""
     folder = Path(config.out)

@@ -123,7 +123,7 @@ print(json.dumps(sweep.parameters.model_dump()))
 @pytest.mark.slow
 def test_a_new_quantizer_file_comes_under_the_contract_tests(extended: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_quantizers.py", "-k", "hasty", "-v", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "tests/test_quantizers.py", "-k", "hasty", "-vv", "-p", "no:cacheprovider"],
         cwd=extended,
         env={**os.environ, "PYTHONPATH": str(extended)},
         capture_output=True,

@@ -1,0 +1,194 @@
+"""The flows on a real, temporary Prefect server: artifacts, caching, retries, failing cells."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "180"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.build import build
+from flows.sweep import sweep
+from semids import store
+from semids.config import BuildConfig, SweepConfig
+from semids.stages import StageReader
+from semids.store import run_lock
+from tests.conftest import clustered_vectors
+
+# One server for the module: starting one takes ten seconds and more.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A server for the module, and the folder in which Prefect keeps results."""
+    folder = tmp_path_factory.mktemp("results")
+    with prefect_test_harness(server_startup_timeout=180), temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder}):
+        yield folder
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> dict[str, str]:
+    np.save(tmp_path / "vectors.npy", clustered_vectors(400, 16))
+    return {"path": str(tmp_path / "vectors.npy")}
+
+
+def build_config(catalogue: dict[str, str], tmp_path: Path, **changes: Any) -> BuildConfig:
+    values: dict[str, Any] = {"catalogue": catalogue, "shape": "8x8x8", "out": str(tmp_path / "run")}
+    return BuildConfig(**(values | changes))
+
+
+def artifacts_of(run_ids: list[Any]) -> dict[str, Any]:
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=run_ids)), limit=200
+        )
+    return {artifact.key: artifact for artifact in found if artifact.key}
+
+
+def task_states(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Return (task, how its run ended), in order, since the log was last cleared; the server's own list lags."""
+    return [
+        (record.task_run_name, record.getMessage().removeprefix("Finished in state ").split("(")[0])
+        for record in caplog.records
+        if hasattr(record, "task_run_name") and record.getMessage().startswith("Finished in state")
+    ]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = [path for path in folder.rglob("*") if path.is_file() and ".lock" not in str(path)]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_a_build_leaves_ids_and_artifacts_and_a_second_one_changes_no_file(
+    catalogue: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = build_config(catalogue, tmp_path)
+    first = build(config, return_state=True)
+    assert first.is_completed()
+    results = tmp_path / "run" / "results" / config.label
+    assert {path.name for path in results.iterdir()} >= {"report.md", "semantic_ids.parquet", "tokens.json", "model"}
+    before = snapshot(tmp_path / "run")
+    caplog.clear()
+    second = build(config, return_state=True)
+    assert second.is_completed()
+    assert snapshot(tmp_path / "run") == before
+    assert second.result() == first.result()
+    states = task_states(caplog)
+    assert len(states) == 10
+    assert [name for name, state in states if state != "Cached"] == [f"publish {config.label}"]
+    artifacts = artifacts_of([second.state_details.flow_run_id])
+    report = artifacts["report-8x8x8-nearest-residual-kmeans"]
+    assert "data:image/png;base64," in report.data
+    rate = json.loads((results / "report.json").read_text())["collision_rate"]
+    assert f"{rate:.4f}" in report.data
+    assert len(json.loads(artifacts["levels-8x8x8-nearest-residual-kmeans"].data)) == 3
+
+
+def test_a_sweep_shares_levels_and_survives_a_cell_that_fails(catalogue: dict[str, str], tmp_path: Path) -> None:
+    config = SweepConfig(
+        catalogue=catalogue, shapes=["8x8", "8x8x8", "512x8"], mappings=["nearest"], out=str(tmp_path / "run")
+    )
+    state = sweep(config, return_state=True)
+    assert state.is_completed()
+    assert (state.name, state.message) == ("CompletedWithFailures", "2 of 3 cells completed")
+    rows = {row["cell"]: row for row in json.loads((tmp_path / "run" / "comparison.json").read_text())}
+    assert rows["8x8-nearest-residual-kmeans"]["status"] == "ok"
+    reason = rows["512x8-nearest-residual-kmeans"]["status"]
+    assert "got 400 items for 512 codewords" in reason
+    stages = [path.name.rsplit("-", 1)[0] for path in (tmp_path / "run" / "stages").iterdir()]
+    assert stages.count("vectors") == 1
+    assert stages.count("train-codebook-1") == stages.count("train-codebook-2") == stages.count("train-codebook-3") == 1
+    artifacts = artifacts_of([state.state_details.flow_run_id])
+    assert "8x8-nearest-residual-kmeans" in artifacts["sweep-comparison"].data
+    assert "got 400 items" in artifacts["sweep-comparison"].data
+
+
+def test_a_sweep_of_which_every_cell_fails_has_failed(catalogue: dict[str, str], tmp_path: Path) -> None:
+    config = SweepConfig(catalogue=catalogue, shapes=["512x8"], mappings=["nearest"], out=str(tmp_path / "run"))
+    state = sweep(config, return_state=True)
+    assert state.is_failed()
+    assert state.message == "0 of 1 cells completed"
+
+
+@pytest.mark.parametrize("damage", ["file", "file and manifest"])
+def test_a_cached_answer_whose_files_are_gone_is_not_believed(
+    damage: str, catalogue: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = build_config(catalogue, tmp_path)
+    outcome = build(config)
+    ids = Path(outcome.ids.path) / "semantic_ids.parquet"
+    original = ids.read_bytes()
+    ids.unlink()
+    if damage == "file and manifest":
+        (Path(outcome.ids.path) / "manifest.json").unlink()
+    caplog.clear()
+    assert build(config, return_state=True).is_completed()
+    assert ids.read_bytes() == original
+    states = [state for name, state in task_states(caplog) if name == "Write the semantic IDs"]
+    assert states == ["Cached", "Completed"]
+
+
+def test_an_io_error_is_retried_and_bad_data_is_not(
+    catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[Path] = []
+    fill = store._fill
+
+    def fail_once(path: Path, write: Any) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        fill(path, write)
+
+    monkeypatch.setattr(store, "_fill", fail_once)
+    config = build_config(catalogue, tmp_path)
+    state = build(config, return_state=True)
+    assert state.is_completed()
+    assert len(calls) > 3
+    broken = np.load(catalogue["path"])
+    broken[::2] = np.nan
+    np.save(catalogue["path"], broken)
+    retried = [record for record in caplog.records if "Retry" in record.getMessage()]
+    assert retried
+    caplog.clear()
+    assert build(config, return_state=True).is_failed()
+    assert [state for _, state in task_states(caplog)] == ["Failed"]
+    assert not [record for record in caplog.records if "Retry 1/" in record.getMessage()]
+
+
+def test_a_folder_in_use_by_another_process_is_refused(catalogue: dict[str, str], tmp_path: Path) -> None:
+    config = build_config(catalogue, tmp_path)
+    with run_lock(Path(config.out)):
+        child = os.fork()
+        if child == 0:
+            store._held_locks.clear()
+            state = build(config, return_state=True)
+            message = str(state.result(raise_on_failure=False))
+            os._exit(0 if state.is_failed() and f"process {os.getppid()}" in message else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_results_and_errors_are_stored_as_json_and_never_as_pickle(
+    catalogue: dict[str, str], tmp_path: Path, storage: Path
+) -> None:
+    outcome = build(build_config(catalogue, tmp_path))
+    assert build(build_config(catalogue, tmp_path, shape="512x8"), return_state=True).is_failed()
+    stored = [json.loads(path.read_text()) for path in storage.rglob("*") if path.is_file()]
+    kept = [body["metadata"]["serializer"]["type"] for body in stored if "metadata" in body]
+    assert kept
+    assert set(kept) == {"json"}
+    assert StageReader(outcome.report.path).summary["title"] == outcome.label

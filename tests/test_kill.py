@@ -1,0 +1,145 @@
+"""A run killed at any step of the commit helper, and run again, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_runs import (
+    WarmParent,
+    committed_files,
+    published,
+    stage_folders,
+    tokenize_arguments,
+    warm_parent,  # noqa: F401
+    write_catalogue,
+)
+
+from semids.errors import CorruptionError
+from semids.shards import ShardLayout
+from semids.stages import verify_stages
+from semids.store import read_sealed_json
+
+POINTS = 160
+CHUNKS = 16
+KILLED = -9
+STAGES = ("items", "vectors", "train-codebook-1", "train-codebook-3", "model", "codes", "ids", "report")
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nothing interrupted.
+
+    Args:
+        points: (number of the step, `before`, `half` or `after`): every place where a run can be killed.
+    """
+
+    folder: Path
+    catalogue: Path
+    events: list[str]
+    points: list[tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(warm_parent: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    catalogue = write_catalogue(folder / "catalogue.jsonl")
+    outcome = warm_parent.run(tokenize_arguments(catalogue, warm_parent.model, folder / "run"))
+    assert outcome.code == 0, outcome.said
+    points = [
+        (number, kill)
+        for number, event in enumerate(outcome.events)
+        for kill in ("before", "half", "after")
+        if kill != "half" or event.startswith("_fill ")
+    ]
+    return Undisturbed(folder / "run", catalogue, outcome.events, points)
+
+
+def chosen_points(undisturbed: Undisturbed) -> list[tuple[int, str]]:
+    """Return POINTS of the points, evenly spread."""
+    places = np.linspace(0, len(undisturbed.points) - 1, POINTS).round().astype(int)
+    return [undisturbed.points[place] for place in places]
+
+
+def finished_files(run: Path) -> dict[Path, tuple[int, int]]:
+    """Return the identity and time of every file that must outlive a kill: finished stages and finished shards."""
+    kept: list[Path] = []
+    if not (run / "stages").is_dir():
+        return {}
+    for folder in (run / "stages").glob("[!.]*"):
+        if (folder / "manifest.json").exists():
+            kept += folder.iterdir()
+            continue
+        for sidecar in folder.glob("*-[0-9]*.json"):
+            kept += [sidecar, sidecar.with_suffix(".npy")]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in kept}
+
+
+def check_equal(run: Path, undisturbed: Undisturbed) -> None:
+    """Compare a run with the undisturbed one: IDs byte by byte, every other output but the report's times by digest."""
+    for name in ("semantic_ids.parquet", "tokens.json", "vocabulary.json", "report.json", "report.md"):
+        assert (published(run) / name).exists()
+    for name in ("semantic_ids.parquet", "tokens.json", "vocabulary.json"):
+        assert (published(run) / name).read_bytes() == (published(undisturbed.folder) / name).read_bytes()
+    digests = [
+        {name: read_sealed_json(path / "manifest.json")["digest"] for name, path in stage_folders(folder).items()}
+        for folder in (run, undisturbed.folder)
+    ]
+    assert digests[0].keys() == digests[1].keys()
+    assert all(digests[0][name] == digests[1][name] for name in digests[0] if not name.startswith("report-"))
+    assert verify_stages(run)[1] == []
+    assert list(run.rglob(".tmp-*")) == []
+
+
+def test_the_points_cover_every_stage_and_every_way_to_be_killed(undisturbed: Undisturbed) -> None:
+    chosen = chosen_points(undisturbed)
+    assert len(set(chosen)) == POINTS
+    ways = {(undisturbed.events[number].split()[0], kill) for number, kill in chosen}
+    steps = ("_fill", "_flush", "_rename", "symlink_to", "replace")
+    assert ways == {(step, kill) for step in steps for kill in ("before", "after")} | {("_fill", "half")}
+    for stage in STAGES:
+        assert sum(f"/stages/{stage}-" in undisturbed.events[number] for number, _ in chosen) >= 4
+    shards = [path for path in committed_files(undisturbed.folder) if path.name.startswith("vectors-0")]
+    assert len(shards) == 2 * 5
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_a_killed_run_goes_on_to_the_same_ids_and_keeps_what_was_finished(
+    chunk: int, undisturbed: Undisturbed, warm_parent: WarmParent, tmp_path: Path
+) -> None:
+    """Guards: the temporary file and the rename in `store.commit` (without them, a killed write leaves half a file
+    under the final name), the sidecar last in `shards.write_shards`, the manifest last in `stages._make`, and
+    `stages._remove_temporaries`.
+    """
+    for number, kill in chosen_points(undisturbed)[chunk::CHUNKS]:
+        where = f"{kill} {undisturbed.events[number]}"
+        run = tmp_path / f"{number}-{kill}"
+        arguments = tokenize_arguments(undisturbed.catalogue, warm_parent.model, run)
+        plots = any(part in where for part in ("/report-", "/results/"))
+        killed = warm_parent.run(arguments, kill_at=number, kill=kill, plots=plots)
+        assert killed.code == KILLED, f"{where}: {killed.said}"
+        assert len(killed.events) == number + 1, where
+        kept = finished_files(run)
+        again = warm_parent.run(arguments, plots=plots)
+        assert again.code == 0, f"{where}: {again.said}"
+        for path, identity in kept.items():
+            assert (path.stat().st_ino, path.stat().st_mtime_ns) == identity, f"{where}: {path} was made again"
+        check_equal(run, undisturbed)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_ids(
+    undisturbed: Undisturbed, warm_parent: WarmParent, tmp_path: Path
+) -> None:
+    """Guard: `stages._remove_temporaries`, and that each re-run keeps what the ones before it finished."""
+    arguments = tokenize_arguments(undisturbed.catalogue, warm_parent.model, tmp_path / "run")
+    kills = 0
+    while (outcome := warm_parent.run(arguments, kill_at=23, kill=("before", "after")[kills % 2])).code == KILLED:
+        kills += 1
+        assert kills < 30, "no progress"
+    assert outcome.code == 0, outcome.said
+    assert kills >= 8
+    check_equal(tmp_path / "run", undisturbed)

@@ -1,0 +1,119 @@
+"""A process that imports once what a run needs and forks a child for each line of JSON on its standard input.
+
+    python tests/warm_parent.py FOLDER    (started by small_runs.WarmParent)
+
+FOLDER is where the model of its warming-up is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import small_runs
+import tiny_models
+import tqdm
+
+from semids import cli, items, pipeline, plots, reporting, store
+from semids.embedders.transformer import TransformerEmbedder
+from semids.fingerprints import code_digest
+from semids.metrics import measure_ids
+from semids.plots import plot_report
+
+STEPS = ((store, "_fill"), (store, "_flush"), (store, "_rename"), (Path, "symlink_to"), (Path, "replace"))
+
+
+def warm_up(folder: Path) -> None:
+    """Do once, without threads, what a run imports or caches when it first does it."""
+    import faiss
+
+    tqdm.tqdm.monitor_interval = 0  # no thread that watches bars
+    model = tiny_models.build_bert(folder / "model")
+    embedder = TransformerEmbedder(TransformerEmbedder.settings_type(model=str(model)))
+    embedder.load()
+    embedder.embed(["red shoe", "blue shoe"])
+    faiss.Kmeans(2, 1, niter=1, min_points_per_centroid=1).train(np.eye(2, dtype=np.float32))
+    plot_report(measure_ids([np.array([[0, 1]])], None, sizes=(2, 2)))
+    for function in (items.scan_texts, pipeline._train, pipeline._freeze, reporting._write_report):
+        code_digest(function)
+    assert threading.active_count() == 1, "threads do not survive a fork"
+
+
+def obey(orders: dict[str, Any]) -> int:
+    """Run a command line as asked and return its exit code.
+
+    Orders: `arguments`; `shard_rows`; `plots`, false to leave them empty; `events`, a file to which every step of
+    the commit helper and every link is written; `kill_at` and `kill`: the number of the step at which to die, and
+    whether `before` it, `half` way through a write, or `after` it.
+    """
+    small_runs.use_small_shards(orders.get("shard_rows", small_runs.SHARD_ROWS))
+    if not orders.get("plots", True):
+        plots._png = lambda figure: b""
+    log = Path(orders["events"]).open("w", buffering=1)
+    steps = 0
+    inside = False
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def step(*arguments: Any) -> Any:
+            nonlocal steps, inside
+            if inside:  # `_rename` replaces: one step, not two
+                return original(*arguments)
+            number, steps = steps, steps + 1
+            log.write(f"{name} {arguments[0] if name != '_rename' else arguments[1]}\n")
+            kill = orders.get("kill") if number == orders.get("kill_at") else None
+            if kill == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            inside = True
+            try:
+                result = original(*arguments)
+            finally:
+                inside = False
+            if kill == "half":
+                os.truncate(arguments[0], arguments[0].stat().st_size // 2)
+            if kill is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, step)
+
+    for owner, name in STEPS:
+        watch(owner, name)
+    return cli.main(orders["arguments"])
+
+
+def fork(work: Callable[[], int], said: Path) -> int:
+    """Do the work in a child and return its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            signal.alarm(small_runs.TIMEOUT_S)
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+if __name__ == "__main__":
+    warm_up(Path(sys.argv[1]))
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(fork(lambda request=request: obey(request), Path(request["said"])), flush=True)
