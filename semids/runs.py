@@ -23,7 +23,7 @@ from semids.report import Report
 from semids.reporting import read_report, write_report
 from semids.shards import ShardLayout
 from semids.stages import Ref, Stage, StageOutput, StageReader, find_stage, reference, run_stage
-from semids.store import digest_file
+from semids.store import TEMPORARY_PREFIX, digest_file
 
 RESULTS = "results"
 UNIT_NORM_TOLERANCE = 1e-2
@@ -80,9 +80,11 @@ def encoding_config(model_folder: Path) -> dict[str, Any]:
     """Return the configuration that gives new items their IDs as the model's own items got theirs, as JSON.
 
     Raises:
+        UsageError: the folder holds something other than a model.
         CorruptionError: the folder holds no whole model.
     """
-    values: dict[str, Any] = yaml.safe_load(StageReader(model_folder).path("config.yaml").read_text(encoding="utf-8"))
+    model = _model_in(model_folder)
+    values: dict[str, Any] = yaml.safe_load(StageReader(model.path).path("config.yaml").read_text(encoding="utf-8"))
     # New items belong to no split, and their suffixes could clash with those of the items before them.
     values["catalogue"] |= {"split_column": None, "train_split": "new"}
     return values | {"suffix": False}
@@ -94,9 +96,7 @@ def encode_items(config: BuildConfig, model_folder: Path, run: Runner) -> CellRe
     Raises:
         DataError: the new vectors would come from another model than those the quantizer was trained on.
     """
-    model = reference(model_folder)
-    if model.stage != "model":
-        raise UsageError(f"expected a model folder, got the stage {model.stage!r} in {model_folder}")
+    model = _model_in(model_folder)
     items = run(pipeline.scan_catalogue(config))
     stage = pipeline.make_vectors(config, items)
     trained_on: dict[str, Any] = StageReader(model.path).summary["vectors"]
@@ -113,6 +113,13 @@ def encode_items(config: BuildConfig, model_folder: Path, run: Runner) -> CellRe
     return CellRefs(model, ids, run(write_report(config, items, vectors, model, codes)))
 
 
+def _model_in(folder: Path) -> Ref:
+    model = reference(folder)
+    if model.stage != "model":
+        raise UsageError(f"expected a model folder, got the stage {model.stage!r} in {folder}")
+    return model
+
+
 def publish(folder: Path, label: str, refs: CellRefs) -> Path:
     """Show a configuration's outputs in `results/LABEL`: links into the stages, each replaced in one step.
 
@@ -125,13 +132,14 @@ def publish(folder: Path, label: str, refs: CellRefs) -> Path:
         links |= {name: Path(ref.path) / name for name in StageReader(ref.path).manifest["files"]}
     try:
         shown.mkdir(parents=True, exist_ok=True)
+        for abandoned in shown.glob(f"{TEMPORARY_PREFIX}*"):
+            abandoned.unlink()
         for name, target in links.items():
             relative = os.path.relpath(target, shown)
             link = shown / name
             if link.is_symlink() and os.readlink(link) == relative:  # noqa: PTH115
                 continue
-            temporary = shown / f".tmp-{name}-{os.getpid()}"
-            temporary.unlink(missing_ok=True)
+            temporary = shown / f"{TEMPORARY_PREFIX}{name}-{os.getpid()}"
             temporary.symlink_to(relative)
             temporary.replace(link)
     except OSError as error:

@@ -23,7 +23,26 @@ SHARD_ROWS = 32
 SHAPE = "8x6x4"
 TIMEOUT_S = 60
 HERE = Path(__file__).parent
-_WORDS = "red blue leather cotton steel bottle shoe lamp chair cable phone cover desk large small pro mini kids".split()
+_WORDS = [
+    "red",
+    "blue",
+    "leather",
+    "cotton",
+    "steel",
+    "bottle",
+    "shoe",
+    "lamp",
+    "chair",
+    "cable",
+    "phone",
+    "cover",
+    "desk",
+    "large",
+    "small",
+    "pro",
+    "mini",
+    "kids",
+]
 
 
 def write_catalogue(path: Path, *, items: int = 160, changes: Mapping[int, Mapping[str, Any]] | None = None) -> Path:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +17,11 @@ from small_runs import (
     write_catalogue,
 )
 
-from semids.errors import CorruptionError
-from semids.shards import ShardLayout
 from semids.stages import verify_stages
 from semids.store import read_sealed_json
 
-POINTS = 160
-CHUNKS = 16
+POINTS = 104
+CHUNKS = 13
 KILLED = -9
 STAGES = ("items", "vectors", "train-codebook-1", "train-codebook-3", "model", "codes", "ids", "report")
 
