@@ -1,4 +1,4 @@
-"""What code a step is made of: a digest of the syntax trees it reaches, blind to comments, docstrings and types."""
+"""What code a step is made of: a digest of the definitions it reaches, blind to comments, docstrings and types."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import ast
 import functools
 import hashlib
 import importlib.util
-import inspect
-import textwrap
-from collections.abc import Callable, Iterable
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,74 +30,123 @@ INFRASTRUCTURE = frozenset(
 )
 """Modules that move and guard bytes but do not choose them: a change in them makes no step run again."""
 
+MODULE = "*"
+"""Stands for all names of a module."""
+UNNAMED = ""
+"""Stands for the statements of a module that define no name."""
 
-def code_digest(function: Callable[..., Any], modules: Iterable[str] = ()) -> dict[str, str]:
-    """Return a digest, 16 hex digits, for the function and for every semids module it depends on, by name.
+# CPython 3.11 counts the recursion of its parser in one place for all threads (a sweep's cells are threads), and
+# now and then fails with "AST constructor recursion depth mismatch".
+_parsing = threading.Lock()
 
-    Functions of the same module that it names are part of it; any other semids module it names counts whole,
-    with the modules that one imports. `modules` adds those that are reached through a family.
+
+def code_digest(*functions: Callable[..., Any]) -> dict[str, str]:
+    """Return a digest, 16 hex digits, of what the functions reach in each semids module, by module.
+
+    They reach the functions, classes and constants of semids that their code names, and those that these name
+    in turn; a class counts whole. What they are handed (a member of a family) is to be given as a function, too.
+    A method reaches the methods of its class that it names, and the bases of the class.
     """
-    own = function.__module__
-    digests: dict[str, str] = {}
-    reached = set(modules)
-    waiting = [function]
+    with _parsing:
+        return _code_digest(functions)
+
+
+def _code_digest(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
+    reached: dict[str, dict[str, str]] = defaultdict(dict)
+    waiting = [(function.__module__, function.__qualname__) for function in functions]
     while waiting:
-        current = waiting.pop()
-        if current.__qualname__ in digests:
+        module, name = _resolve(*waiting.pop())
+        if not module.startswith(f"{PACKAGE}.") or module in INFRASTRUCTURE or name in reached[module]:
             continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(current)))
-        digests[current.__qualname__] = _tree_digest(tree)
-        for node in ast.walk(tree):
-            named = current.__globals__.get(node.id) if isinstance(node, ast.Name) else None
-            home = getattr(named, "__module__", None) or getattr(named, "__name__", "")
-            if inspect.isfunction(named) and home == own:
-                waiting.append(named)
-            elif isinstance(home, str) and home.startswith(f"{PACKAGE}."):
-                reached.add(home)
-    for module in sorted(_closure(reached)):
-        digests[module] = _module_digest(module)
-    return dict(sorted(digests.items()))
+        definition = _definition(module, name)
+        reached[module][name] = definition.digest
+        waiting += definition.names
+    return {module: _sha256(sorted(reached[module].items())) for module in sorted(reached) if reached[module]}
 
 
-def _closure(modules: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
-        if module in found or module in INFRASTRUCTURE:
-            continue
-        found.add(module)
-        waiting.extend(_imports(module))
-    return found
+@dataclass(frozen=True)
+class _Definition:
+    """A definition's digest and the (module, name) of all that it names."""
+
+    digest: str
+    names: frozenset[tuple[str, str]]
 
 
-def _parse(module: str) -> ast.Module:
-    # A tree of its own for every caller: threads digest at the same time, and digesting strips the tree.
+@dataclass(frozen=True)
+class _Source:
+    """A module's statements by the name that each defines, and the (module, name) that imports stand for."""
+
+    statements: Mapping[str, list[ast.stmt]]
+    imports: Mapping[str, tuple[str, str]]
+
+
+def _resolve(module: str, name: str) -> tuple[str, str]:
+    """Follow a name to the module that defines it, through those that only import it."""
+    while module.startswith(f"{PACKAGE}.") and name != MODULE:
+        source = _source(module)
+        if name.partition(".")[0] in source.statements or name not in source.imports:
+            break
+        module, name = source.imports[name]
+    return module, name
+
+
+@functools.cache
+def _source(module: str) -> _Source:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise AssertionError(f"module {module} has no source file")
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-
-
-@functools.cache
-def _imports(module: str) -> frozenset[str]:
-    names: set[str] = set()
-    for node in ast.walk(_parse(module)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{PACKAGE}."):
-            names.add(node.module)
+    tree = _Bare().visit(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    imports: dict[str, tuple[str, str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                imports[alias.asname or alias.name] = _imported(node.module, alias.name)
         elif isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE}."))
-    return frozenset(names)
+            imports |= {alias.asname: (alias.name, MODULE) for alias in node.names if alias.asname}
+    statements: dict[str, list[ast.stmt]] = defaultdict(list)
+    for statement in tree.body:
+        if not isinstance(statement, ast.Import | ast.ImportFrom):
+            for name in _defined(statement):
+                statements[name].append(statement)
+    return _Source(statements, imports)
+
+
+def _imported(module: str, name: str) -> tuple[str, str]:
+    # `from semids import pipeline` names a module, all of which may then be used.
+    is_module = module == PACKAGE and importlib.util.find_spec(f"{module}.{name}") is not None
+    return (f"{module}.{name}", MODULE) if is_module else (module, name)
+
+
+def _defined(statement: ast.stmt) -> Iterable[str]:
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [statement.name]
+    names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.name for node in ast.walk(statement) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    # What defines nothing acts when the module is imported.
+    return names or [UNNAMED]
 
 
 @functools.cache
-def _module_digest(module: str) -> str:
-    return _tree_digest(_parse(module))
+def _definition(module: str, name: str) -> _Definition:
+    source = _source(module)
+    # The module itself was named, and any of it may be used.
+    names = {(module, defined) for defined in source.statements} if name == MODULE else set[tuple[str, str]]()
+    owner, _, method = name.rpartition(".")
+    nodes: list[ast.AST] = [*source.statements.get(owner or name, ()), *source.statements.get(UNNAMED, ())]
+    if owner:
+        classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+        methods = {node.name: node for found in classes for node in found.body if isinstance(node, ast.FunctionDef)}
+        used = {node.attr for node in ast.walk(methods[method]) if isinstance(node, ast.Attribute)}
+        names |= {(module, f"{owner}.{other}") for other in used & methods.keys()}
+        nodes = [methods[method], *(base for found in classes for base in found.bases)]
+    for node in (found for part in nodes for found in ast.walk(part)):
+        if isinstance(node, ast.Name) and (node.id in source.statements or node.id in source.imports):
+            names.add((module, node.id))
+    return _Definition(_sha256([ast.dump(node, include_attributes=False) for node in nodes]), frozenset(names))
 
 
-def _tree_digest(tree: ast.AST) -> str:
-    bare = _Bare().visit(tree)
-    return hashlib.sha256(ast.dump(bare, include_attributes=False).encode()).hexdigest()[:16]
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 class _Bare(ast.NodeTransformer):

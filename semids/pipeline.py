@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from semids.arrays import Codes, code_dtype, format_shape
 from semids.config import QUANTIZERS, BuildConfig, CommonConfig, write_config
-from semids.errors import UsageError
+from semids.errors import CorruptionError, UsageError
 from semids.fingerprints import code_digest
 from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
 from semids.quantizers.base import FrozenQuantizer, Tensors, TrainingData, TrainingStep
@@ -37,20 +38,20 @@ def make_stage(
     *,
     inputs: Mapping[str, Any],
     parameters: Mapping[str, Any],
-    modules: Sequence[str] = (),
+    reached: Sequence[Callable[..., Any]] = (),
     code: Mapping[str, Any] | None = None,
 ) -> Stage:
     """Return the stage that calls `make(*arguments, output)`.
 
     Args:
         inputs: references, of which the digest counts, or digests.
-        modules: code that `make` reaches through a family.
+        reached: code that `make` reaches through a family.
         code: stands for the code where a changed line must not cost hours (a version).
     """
     ingredients = {
         "inputs": {key: value.digest if isinstance(value, Ref) else value for key, value in inputs.items()},
         "parameters": dict(parameters),
-        "code": dict(code) if code is not None else code_digest(make, modules),
+        "code": dict(code) if code is not None else code_digest(make, *reached),
     }
     return Stage(name=name, title=title, ingredients=ingredients, build=partial(make, *arguments))
 
@@ -145,7 +146,6 @@ def _import_vectors(catalogue: Any, items: Ref, output: StageOutput) -> dict[str
 
 def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep, needed: Mapping[str, Ref]) -> Stage:
     """Run one step of the quantizer's training."""
-    quantizer = config.make_quantizer()
     return make_stage(
         f"train-{step.name}",
         step.title,
@@ -158,7 +158,7 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
             "train_split": config.catalogue.train_split,
             **step.parameters,
         },
-        modules=[type(quantizer).__module__],
+        reached=[step.run],
     )
 
 
@@ -194,7 +194,7 @@ def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) ->
             **config.model_dump(include={"shape", "mapping", "quantizer"}),
             "catalogue": config.catalogue.model_dump(exclude={"path"}),
         },
-        modules=[type(quantizer).__module__],
+        reached=[type(quantizer).assemble],
     )
 
 
@@ -218,7 +218,11 @@ def _freeze(config: BuildConfig, vectors: Ref, steps: dict[str, Ref], output: St
 
 def read_tensors(ref: Ref) -> Tensors:
     """Return the tensors of a training step or a model."""
-    return load_file(StageReader(ref.path).path("tensors.safetensors"))
+    path = StageReader(ref.path).path("tensors.safetensors")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CorruptionError(f"{path}: expected tensors: {error}") from error
 
 
 def read_quantizer(model: Ref) -> FrozenQuantizer:
@@ -243,7 +247,7 @@ def encode_vectors(vectors: Ref, model: Ref) -> Stage:
             "model": StageReader(model.path).manifest["files"]["tensors.safetensors"]["sha256"],
         },
         parameters={},
-        modules=[quantizer.__module__],
+        reached=[quantizer.freeze],
     )
 
 

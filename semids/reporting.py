@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, format_shape
-from semids.config import BuildConfig
+from semids.config import QUANTIZERS, BuildConfig
 from semids.distortion import Distortion, NeighbourFigures, neighbour_figures
 from semids.kmeans import sample_rows
 from semids.metrics import measure_ids
@@ -35,6 +35,7 @@ def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, code
         (config, items, vectors, model, codes),
         inputs={"items": items, "vectors": vectors, "model": model, "codes": codes},
         parameters={"title": config.label, "seed": config.seed},
+        reached=[QUANTIZERS[config.quantizer].freeze],
     )
 
 

@@ -119,7 +119,10 @@ class ShardedArray:
         """
         path = self._shard_path(shard)
         start, stop = self.layout.bounds(shard)
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise CorruptionError(f"{path}: expected an array of numbers: {error}") from error
         if array.shape != (stop - start, self.layout.columns) or array.dtype != np.dtype(self.layout.dtype):
             raise CorruptionError(f"{path}: expected {(stop - start, self.layout.columns)}, got {array.shape}")
         return array

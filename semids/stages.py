@@ -173,11 +173,15 @@ def find_stage(folder: Path, stage: Stage) -> Ref | None:
     """Return the reference to a stage's outputs under `folder` if all of them are there, every byte as recorded.
 
     Raises:
-        CorruptionError: an output file was changed after it was written; names it.
+        CorruptionError: an output file was changed after it was written, or the folder holds another stage's.
     """
     target = _folder_of(folder, stage)
     manifest = _read_manifest(target)
-    if manifest is None or _missing_files(target, manifest):
+    if manifest is None:
+        return None
+    if manifest["fingerprint"] != stage.fingerprint:
+        raise CorruptionError(_stranger(target))
+    if _missing_files(target, manifest):
         return None
     _check_files(target, manifest)
     _warn_of_strangers(target, manifest)
@@ -186,6 +190,10 @@ def find_stage(folder: Path, stage: Stage) -> Ref | None:
 
 def _folder_of(folder: Path, stage: Stage) -> Path:
     return folder.resolve() / "stages" / f"{stage.name}-{stage.fingerprint[:16]}"
+
+
+def _stranger(target: Path) -> str:
+    return f"{target / MANIFEST} is that of another stage, moved here; delete its folder and run again to rebuild it"
 
 
 def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
@@ -235,6 +243,8 @@ def verify_stages(folder: Path) -> tuple[int, list[str]]:
             checked += 1
             manifest = _read_manifest(target)
             if manifest is not None:
+                if target.name != f"{manifest['stage']}-{manifest['fingerprint'][:16]}":
+                    faults.append(_stranger(target))
                 records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
         except CorruptionError as error:
             faults.append(str(error))

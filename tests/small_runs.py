@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from semids import pipeline, shards
 from semids.shards import ShardLayout
@@ -143,14 +142,6 @@ class WarmParent:
     def close(self) -> None:
         """End the parent."""
         self._process.communicate(timeout=TIMEOUT_S)
-
-
-@pytest.fixture(scope="session")
-def warm_parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    """A parent whose children start in no time, one for each test worker."""
-    parent = WarmParent(tmp_path_factory.mktemp("warm"))
-    yield parent
-    parent.close()
 
 
 def copy_run(run: Path, to: Path) -> Path:

@@ -6,9 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from semids import fingerprints, reporting
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
@@ -133,3 +138,25 @@ def test_a_new_quantizer_file_comes_under_the_contract_tests(extended: Path) -> 
     assert done.returncode == 0, done.stdout[-3000:]
     for mapping in ("nearest", "uniform"):
         assert f"test_equal_vectors_get_equal_codes_wherever_they_stand[hasty-{mapping}] PASSED" in done.stdout
+
+
+def test_no_two_threads_parse_code_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guard: the lock in `code_digest`; without it a cell of a sweep once ended in SystemError (see the lock)."""
+    parsing, most = 0, 0
+    parse = ast.parse
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        nonlocal parsing, most
+        parsing += 1
+        most = max(most, parsing)
+        time.sleep(0.002)  # lets the other threads in, if nothing keeps them out
+        parsing -= 1
+        return parse(*arguments, **options)
+
+    fingerprints._source.cache_clear()
+    fingerprints._definition.cache_clear()
+    monkeypatch.setattr(fingerprints.ast, "parse", watched)
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(lambda _: str(fingerprints.code_digest(reporting._write_report)), range(8)))
+    assert most == 1
+    assert len(set(digests)) == 1

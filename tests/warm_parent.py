@@ -57,7 +57,7 @@ def obey(orders: dict[str, Any]) -> int:
     small_runs.use_small_shards(orders.get("shard_rows", small_runs.SHARD_ROWS))
     if not orders.get("plots", True):
         plots._png = lambda figure: b""
-    log = Path(orders["events"]).open("w", buffering=1)
+    log = os.open(orders["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     steps = 0
     inside = False
 
@@ -69,7 +69,7 @@ def obey(orders: dict[str, Any]) -> int:
             if inside:  # `_rename` replaces: one step, not two
                 return original(*arguments)
             number, steps = steps, steps + 1
-            log.write(f"{name} {arguments[0] if name != '_rename' else arguments[1]}\n")
+            os.write(log, f"{name} {arguments[1] if name == '_rename' else arguments[0]}\n".encode())
             kill = orders.get("kill") if number == orders.get("kill_at") else None
             if kill == "before":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -34,12 +34,15 @@ class TrainingStep:
     Args:
         title: what a person reads in the dashboard.
         parameters: everything besides the vectors and the needed steps that decides the outcome, as JSON.
+        run: carries the step out, as `run(quantizer, step, data, needed, progress)`; see `Quantizer.run_step`. Its
+            code is part of the step's fingerprint, so it should reach no other step's code.
         needs: names of earlier steps whose tensors this one starts from.
     """
 
     name: str
     title: str
     parameters: Mapping[str, Any]
+    run: Callable[[Any, TrainingStep, TrainingData, Mapping[str, Tensors], Progress], StepOutcome]
     needs: tuple[str, ...] = ()
 
 
@@ -110,11 +113,11 @@ class Quantizer(ABC):
     def training_steps(self) -> list[TrainingStep]:
         """Return the steps of the training, each after those it needs."""
 
-    @abstractmethod
     def run_step(
         self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
     ) -> StepOutcome:
         """Return a step's outcome, a function of its arguments alone; `needed` holds the tensors by step name."""
+        return step.run(self, step, data, needed, progress)
 
     @abstractmethod
     def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:

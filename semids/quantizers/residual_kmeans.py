@@ -67,6 +67,7 @@ class ResidualKMeans(Quantizer):
                     name=f"codebook-{level}",
                     title=f"Fit codebook {level} ({size} codewords)",
                     parameters={"size": size, "seed": self.seed, **self.settings.model_dump()},
+                    run=type(self)._fit_codebook,
                     needs=tuple(f"codebook-{before}" for before in range(1, level)),
                 )
             )
@@ -77,27 +78,34 @@ class ResidualKMeans(Quantizer):
                         name=f"uniform-{level}",
                         title=f"Balance level {level} ({size} codewords)",
                         parameters={"size": size, "seed": self.seed},
+                        run=type(self)._balance_codebook,
                         needs=(*(f"uniform-{before}" for before in range(1, level)), f"codebook-{level}"),
                     )
                 )
         return steps
 
-    def run_step(
-        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
-    ) -> StepOutcome:
-        """Fit one codebook, or balance one, on the residuals of a sample of the training rows."""
+    def _sample_residuals(
+        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors]
+    ) -> NDArray[np.float32]:
+        """Return what the levels before the step's own leave of a sample of the training rows."""
         kind, level = step.name.split("-")
-        sample = sample_rows(len(data.rows), ROWS_PER_CODEWORD * self.sizes[int(level) - 1], seed=self.seed)
+        sample = sample_rows(len(data.rows), ROWS_PER_CODEWORD * step.parameters["size"], seed=self.seed)
         residuals = data.vectors.take(data.rows[sample]).astype(np.float32, copy=False)
         if int(level) > 1:
             before = _codebooks([needed[f"{kind}-{number}"] for number in range(1, int(level))])
             residuals = before.residuals(residuals)
-        if kind == "codebook":
-            return self._fit_codebook(residuals, int(level))
-        return _balance(residuals, needed[f"codebook-{level}"]["codebook"], seed=self.seed)
+        return residuals
 
-    def _fit_codebook(self, residuals: NDArray[np.float32], level: int) -> StepOutcome:
-        size = self.sizes[level - 1]
+    def _balance_codebook(
+        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+    ) -> StepOutcome:
+        return _balance(self._sample_residuals(step, data, needed), needed[step.needs[-1]]["codebook"], seed=self.seed)
+
+    def _fit_codebook(
+        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+    ) -> StepOutcome:
+        residuals = self._sample_residuals(step, data, needed)
+        size = step.parameters["size"]
         fit = fit_codebook(
             residuals,
             size,
