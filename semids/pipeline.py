@@ -86,6 +86,11 @@ def check_sizes(config: BuildConfig, items: Ref) -> None:
         )
 
 
+def contents_digest(items: Ref) -> str:
+    """Return the SHA-256 of the contents: all that vectors and codebooks depend on, whatever else items have."""
+    return StageReader(items.path).manifest["files"]["contents.parquet"]["sha256"]
+
+
 # Contents to vectors
 
 
@@ -97,7 +102,7 @@ def make_vectors(config: CommonConfig, items: Ref) -> Stage:
             "Import the vectors",
             _import_vectors,
             (config.catalogue, items),
-            inputs={"items": items, "catalogue": catalogue_digest(config.catalogue)},
+            inputs={"contents": contents_digest(items), "catalogue": catalogue_digest(config.catalogue)},
             parameters=config.catalogue.model_dump(include={"vector_column"}),
         )
     identity = config.make_embedder().identity()
@@ -106,7 +111,7 @@ def make_vectors(config: CommonConfig, items: Ref) -> Stage:
         "Embed the texts",
         _embed,
         (config, items),
-        inputs={"items": items},
+        inputs={"contents": contents_digest(items)},
         parameters=identity,
         code={"embedder version": identity["version"]},
     )
@@ -151,7 +156,7 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
         step.title,
         _train,
         (config, items, vectors, step, dict(needed)),
-        inputs={"items": items, "vectors": vectors, **needed},
+        inputs={"contents": contents_digest(items), "vectors": vectors, **needed},
         parameters={
             "quantizer": config.quantizer,
             "step": step.name,
@@ -193,6 +198,7 @@ def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) ->
         parameters={
             **config.model_dump(include={"shape", "mapping", "quantizer"}),
             "catalogue": config.catalogue.model_dump(exclude={"path"}),
+            "vectors": _origin(vectors),
         },
         reached=[type(quantizer).assemble],
     )
@@ -201,19 +207,23 @@ def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) ->
 def _freeze(config: BuildConfig, vectors: Ref, steps: dict[str, Ref], output: StageOutput) -> dict[str, Any]:
     tensors = config.make_quantizer().assemble({name: read_tensors(ref) for name, ref in steps.items()})
     output.commit("tensors.safetensors", lambda path: save_file(tensors, path))
-    made = StageReader(vectors.path).manifest
     output.commit_bytes("config.yaml", write_config(config.model_copy(update={"out": "encoded"})).encode())
     return {
         "shape": config.shape,
         "mapping": config.mapping,
         "quantizer": config.quantizer,
-        "dimensions": made["summary"]["dimensions"],
-        "vectors": {"title": made["title"], **made["ingredients"]["parameters"]},
+        "dimensions": StageReader(vectors.path).summary["dimensions"],
+        "vectors": _origin(vectors),
         "training": [
             {"step": name, "fingerprint": ref.fingerprint, **StageReader(ref.path).summary}
             for name, ref in steps.items()
         ],
     }
+
+
+def _origin(vectors: Ref) -> dict[str, Any]:
+    """Return what the vectors were made by, or adopted as made by: others are comparable only if theirs is equal."""
+    return StageReader(vectors.path).manifest["ingredients"]["parameters"]
 
 
 def read_tensors(ref: Ref) -> Tensors:

@@ -100,7 +100,7 @@ def encode_items(config: BuildConfig, model_folder: Path, run: Runner) -> CellRe
     items = run(pipeline.scan_catalogue(config))
     stage = pipeline.make_vectors(config, items)
     trained_on: dict[str, Any] = StageReader(model.path).summary["vectors"]
-    now = {"title": stage.title, **stage.ingredients["parameters"]}
+    now: dict[str, Any] = stage.ingredients["parameters"]
     if now != trained_on:
         different = sorted(key for key in now.keys() | trained_on.keys() if now.get(key) != trained_on.get(key))
         raise DataError(
@@ -175,7 +175,7 @@ def adopt_vectors(config: BuildConfig, items: Ref, source: Path, reason: str) ->
 def _adopt(catalogue: CatalogueSettings, items: Ref, source: Path, reason: str, output: StageOutput) -> dict[str, Any]:
     if source.is_dir():
         older = StageReader(source)
-        if older.manifest["ingredients"]["inputs"].get("items") != items.digest:
+        if older.manifest["ingredients"]["inputs"].get("contents") != pipeline.contents_digest(items):
             raise DataError(
                 f"{source} holds vectors of other items; embed again, or adopt them for their own catalogue"
             )

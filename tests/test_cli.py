@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from conftest import clustered_vectors
 
 from semids.cli import main
 from semids.config import SIX_SHAPES, BuildConfig, SweepConfig, read_config, write_config
 from semids.errors import UsageError
 from semids.sample import write_sample_catalogue
 from semids.stages import StageReader
-from tests.conftest import clustered_vectors
 
 CONFIGS = Path(__file__).parent.parent / "deployments" / "configs"
 

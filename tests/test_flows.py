@@ -11,13 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "180"
-os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-# Nothing here reads events, and their bookkeeping keeps SQLite busy for seconds after every flow.
-for service in ("EVENT_PERSISTER", "TRIGGERS", "TASK_RUN_RECORDER", "SCHEDULER", "LATE_RUNS", "FOREMAN"):
-    os.environ[f"PREFECT_SERVER_SERVICES_{service}_ENABLED"] = "false"
-
+from conftest import clustered_vectors
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
@@ -29,7 +23,6 @@ from semids import store
 from semids.config import BuildConfig, SweepConfig
 from semids.stages import StageReader
 from semids.store import run_lock
-from tests.conftest import clustered_vectors
 
 # One server for the module: starting one takes ten seconds and more.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect")]

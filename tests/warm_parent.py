@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import small_runs
-import tiny_models
+from tests import small_runs
+from tests import tiny_models
 import tqdm
 
 from semids import cli, items, pipeline, plots, reporting, store
