@@ -135,7 +135,10 @@ def _config(parsed: argparse.Namespace, base: dict[str, Any] | None = None) -> B
         place, equals, value = assignment.partition("=")
         if not equals:
             raise UsageError(f"expected --set KEY=VALUE, got {assignment!r}")
-        _put(values, place, yaml.safe_load(value))
+        try:
+            _put(values, place, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise UsageError(f"expected YAML after {place}=, got {value!r}: {error}") from error
     return make_config(BuildConfig, values, source="command line")
 
 
@@ -146,7 +149,10 @@ def _places(options: dict[str, tuple[str, str]]) -> list[str]:
 def _put(values: dict[str, Any], place: str, value: Any) -> None:
     *parents, last = place.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"expected the place of a parameter, got {place!r}: {parent!r} has nothing inside")
+        values = inner
     values[last] = value
 
 

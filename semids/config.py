@@ -23,11 +23,13 @@ from semids.catalogue import CatalogueSettings
 from semids.embedders.base import Embedder, EmbedderSettings, embedder_types
 from semids.errors import UsageError
 from semids.quantizers.base import MAPPINGS, MappingName, Quantizer, QuantizerSettings, quantizer_types
+from semids.semantic_ids import LETTERS
 from semids.settings import Settings
 
 QUANTIZERS = quantizer_types()
 EMBEDDERS = embedder_types()
 
+MOST_LEVELS = len(LETTERS) - 1
 SIX_SHAPES = tuple(format_shape([size] * levels) for levels in (3, 4) for size in (128, 256, 512))
 
 
@@ -39,10 +41,15 @@ def _known_quantizer(name: str) -> str:
 
 def _usable_shape(shape: str) -> str:
     try:
-        return format_shape(parse_shape(shape))
+        sizes = parse_shape(shape)
     except UsageError as error:
         # pydantic collects ValueErrors and names the field.
         raise ValueError(str(error)) from None
+    if len(sizes) > MOST_LEVELS:
+        raise ValueError(
+            f"expected at most {MOST_LEVELS} levels (a letter each, one kept for a suffix), got {len(sizes)}"
+        )
+    return format_shape(sizes)
 
 
 QuantizerName = Annotated[

@@ -21,7 +21,7 @@ SHARD_ROWS = 32
 """Rows of a shard in these runs: 140 distinct texts then lie in 5 shards."""
 SHAPE = "8x6x4"
 TIMEOUT_S = 60
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 _WORDS = [
     "red",
     "blue",
@@ -50,6 +50,7 @@ def write_catalogue(path: Path, *, items: int = 160, changes: Mapping[int, Mappi
     Args:
         changes: by row, what to put in place of the row's own values.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(3)
     rows: list[dict[str, Any]] = []
     for number in range(items):
@@ -120,11 +121,12 @@ class WarmParent:
             "TOKENIZERS_PARALLELISM": "false",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "warm_parent.py"), str(folder)],
+            [sys.executable, "tests/warm_parent.py", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **alone, "PYTHONPATH": str(HERE.parent)},
+            cwd=ROOT,
+            env={**os.environ, **alone, "PYTHONPATH": str(ROOT)},
         )
 
     def run(self, arguments: Sequence[str], **orders: Any) -> Outcome:

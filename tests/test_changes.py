@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests import tiny_models
+import tiny_models
 from safetensors.numpy import load_file, save_file
-from tests.small_runs import TIMEOUT_S, copy_run, tokenize_arguments, write_catalogue
+from small_runs import TIMEOUT_S, copy_run, tokenize_arguments, write_catalogue
 
 from semids.cli import main
 from semids.embedders.transformer import TransformerEmbedder

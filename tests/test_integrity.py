@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests import tiny_models
-from tests.small_runs import (
+import tiny_models
+from small_runs import (
     committed_files,
     copy_run,
     published,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.small_runs import (
+from small_runs import (
     WarmParent,
     committed_files,
     published,

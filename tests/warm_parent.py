@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests import small_runs
-from tests import tiny_models
 import tqdm
 
 from semids import cli, items, pipeline, plots, reporting, store
@@ -27,6 +25,7 @@ from semids.embedders.transformer import TransformerEmbedder
 from semids.fingerprints import code_digest
 from semids.metrics import measure_ids
 from semids.plots import plot_report
+from tests import small_runs, tiny_models
 
 STEPS = ((store, "_fill"), (store, "_flush"), (store, "_rename"), (Path, "symlink_to"), (Path, "replace"))
 

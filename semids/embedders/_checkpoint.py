@@ -171,7 +171,7 @@ def locate_model(model: str, revision: str | None) -> Path:
         UsageError: there is no such folder, package or repository, its revision is not pinned, access was
             not granted, or it is not cached and no connection is allowed.
     """
-    is_package, is_folder = model.startswith(PACKAGE_PREFIX), Path(model).expanduser().is_dir()
+    is_package, is_folder = model.startswith(PACKAGE_PREFIX), _is_folder(model)
     if revision is not None and (is_package or is_folder):
         raise UsageError(f"expected no revision for {model}, got {revision!r}: only a hub id has one; remove it")
     if is_package:
@@ -189,6 +189,14 @@ def locate_model(model: str, revision: str | None) -> Path:
             f"vectors with it), got {revision!r}; set `revision`, or point `model` at an existing folder"
         )
     return _fetch_snapshot(model, revision)
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError):
+        # Too long a name, or the home of a user who does not exist.
+        return False
 
 
 def _locate_in_package(model: str) -> Path:
