@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from semids.arrays import Codes, code_dtype, format_shape
 from semids.config import QUANTIZERS, BuildConfig, CommonConfig, write_config
-from semids.errors import CorruptionError, UsageError
+from semids.errors import CorruptionError, DataError, UsageError
 from semids.fingerprints import code_digest
 from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
 from semids.quantizers.base import FrozenQuantizer, Tensors, TrainingData, TrainingStep
@@ -125,9 +125,12 @@ def _embed(config: CommonConfig, items: Ref, output: StageOutput) -> dict[str, A
 
     def embed_rows(start: int, stop: int) -> NDArray[np.float32]:
         texts = pl.scan_parquet(contents).select("text").slice(start, stop - start).collect()["text"].to_list()
-        return embedder.embed(
-            texts, lambda step, done, total, unit: output.progress("embed texts", start + done, rows, "texts")
-        )
+        try:
+            return embedder.embed(
+                texts, lambda step, done, total, unit: output.progress("embed texts", start + done, rows, "texts")
+            )
+        except DataError as error:
+            raise DataError(f"texts {start} to {stop - 1} of {contents}: {error}") from error
 
     # float16 halves the disk and is safe for unit vectors, which embedders return.
     output.write_shards("vectors", ShardLayout(rows, embedder.dimensions, "float16"), embed_rows)

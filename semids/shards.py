@@ -69,6 +69,8 @@ def write_shards(
             array = np.ascontiguousarray(produce(start, stop), dtype=layout.dtype)
             if array.shape != (stop - start, layout.columns):
                 raise AssertionError(f"expected shard of shape {(stop - start, layout.columns)}, got {array.shape}")
+            # An older sidecar beside a newer shard would look like corruption to a run that starts between the two.
+            sidecar.unlink(missing_ok=True)
             record = commit(path, lambda temporary, array=array: _save(temporary, array))
             body = {"rows": stop - start, "columns": layout.columns, "dtype": layout.dtype}
             commit_sealed_json(sidecar, {**body, **vars(record), "fingerprint": fingerprint})
