@@ -14,7 +14,7 @@ import yaml
 
 from semids import pipeline, runs
 from semids.arrays import parse_shape
-from semids.config import BuildConfig, make_config, read_config
+from semids.config import BuildConfig, make_config, read_values
 from semids.errors import CorruptionError, SemidsError, StorageError, UsageError
 from semids.page import render_text
 from semids.progress import TerminalProgress
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenize = command("tokenize", _tokenize, "catalogue or vectors in, semantic IDs and a collision report out")
     tokenize.add_argument("input", nargs="?", help="catalogue (Parquet, JSONL, CSV) or vectors (.npy, Parquet)")
+    _add_config(tokenize)
     _add_options(tokenize, OPTIONS | SHAPE_OPTIONS)
     tokenize.add_argument("--suffix", action="store_true", default=None, help="add a last token that makes IDs unique")
 
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     adopt.add_argument("vectors", help=".npy in catalogue order, Parquet with the id column, or an older vectors stage")
     adopt.add_argument("input", nargs="?", help="catalogue that the vectors belong to")
     adopt.add_argument("--reason", required=True, help="kept on record beside the vectors")
+    _add_config(adopt)
     _add_options(adopt, OPTIONS)
 
     report = command("report", _report, "collision figures of codes, also published ones, or of a run folder")
@@ -108,8 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser, options: dict[str, tuple[str, str]]) -> None:
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML file with the configuration that the flows take; options override it")
+
+
+def _add_options(parser: argparse.ArgumentParser, options: dict[str, tuple[str, str]]) -> None:
     for option, (place, text) in options.items():
         parser.add_argument(option, dest=place, metavar="X", help=text)
     parser.add_argument(
@@ -121,11 +126,15 @@ def _add_options(parser: argparse.ArgumentParser, options: dict[str, tuple[str, 
     )
 
 
-def _config(parsed: argparse.Namespace, base: dict[str, Any] | None = None) -> BuildConfig:
-    """Return the configuration of a command: the base or --config, then options over it."""
-    values = base or {}
-    if parsed.config:
-        values = read_config(parsed.config, BuildConfig).model_dump(mode="json")
+def _configured(parsed: argparse.Namespace) -> BuildConfig:
+    """Return the configuration of a command that takes --config, with options over it."""
+    if parsed.config is None:
+        return _override({}, parsed, source="command line")
+    return _override(read_values(parsed.config), parsed, source=parsed.config)
+
+
+def _override(values: dict[str, Any], parsed: argparse.Namespace, *, source: str) -> BuildConfig:
+    """Return the configuration of the values, with a command's options over them."""
     if parsed.input is not None:
         _put(values, "catalogue.path", parsed.input)
     for place, value in vars(parsed).items():
@@ -139,7 +148,7 @@ def _config(parsed: argparse.Namespace, base: dict[str, Any] | None = None) -> B
             _put(values, place, yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise UsageError(f"expected YAML after {place}=, got {value!r}: {error}") from error
-    return make_config(BuildConfig, values, source="command line")
+    return make_config(BuildConfig, values, source=source)
 
 
 def _places(options: dict[str, tuple[str, str]]) -> list[str]:
@@ -157,7 +166,7 @@ def _put(values: dict[str, Any], place: str, value: Any) -> None:
 
 
 def _tokenize(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
+    config = _configured(parsed)
     folder = Path(config.out)
     with run_lock(folder):
         refs = runs.build(config, runs.local_runner(folder, TerminalProgress()))
@@ -168,7 +177,7 @@ def _tokenize(parsed: argparse.Namespace) -> None:
 
 def _encode(parsed: argparse.Namespace) -> None:
     model_folder = Path(parsed.model_folder)
-    config = _config(parsed, base=runs.encoding_config(model_folder))
+    config = _override(runs.encoding_config(model_folder), parsed, source=parsed.model_folder)
     folder = Path(config.out)
     with run_lock(folder):
         refs = runs.encode_items(config, model_folder, runs.local_runner(folder, TerminalProgress()))
@@ -178,7 +187,7 @@ def _encode(parsed: argparse.Namespace) -> None:
 
 
 def _adopt(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
+    config = _configured(parsed)
     folder = Path(config.out)
     with run_lock(folder):
         run = runs.local_runner(folder, TerminalProgress())

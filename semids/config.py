@@ -170,6 +170,15 @@ def read_config(path: Path | str, kind: type[BuildConfig] | type[SweepConfig]) -
     Raises:
         UsageError: no such file, not YAML, or a key or value that the model refuses; names the field.
     """
+    return make_config(kind, read_values(path), source=str(path))
+
+
+def read_values(path: Path | str) -> dict[str, Any]:
+    """Return the keys and values in a YAML file, which need not be a whole configuration.
+
+    Raises:
+        UsageError: no such file, not YAML, or something other than keys and values.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -178,7 +187,7 @@ def read_config(path: Path | str, kind: type[BuildConfig] | type[SweepConfig]) -
         raise UsageError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected keys and values, got {type(content).__name__}")
-    return make_config(kind, content, source=str(path))
+    return content
 
 
 def make_config(kind: type[BuildConfig] | type[SweepConfig], values: dict[str, Any], *, source: str) -> Any:

@@ -192,8 +192,11 @@ def render_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     failed = [row for row in rows if "collision_rate" not in row]
     parts: list[str] = []
     if finished:
-        # A dashboard column is narrow: the cell's name already says shape, mapping and quantizer.
-        columns = [key for key in _columns(finished) if key not in NAMED_BY_THE_CELL]
+        # The dashboard's column is narrow: the cell's name says the first three, its report the fourth.
+        left_out = {"shape", "mapping", "quantizer", "codes_used"}
+        if all(row.get("status") == "ok" for row in finished):
+            left_out.add("status")
+        columns = [key for key in _columns(finished) if key not in left_out]
         cells = [[escape_markdown(_format_cell(row, key)) for key in columns] for row in finished]
         parts.append(markdown_table([HEADINGS[key] for key in columns], cells, left=_text_columns(columns)))
         parts.append(
@@ -224,7 +227,6 @@ HEADINGS = {
     "seconds": "time",
     "status": "status",
 }
-NAMED_BY_THE_CELL = ("shape", "mapping", "quantizer")
 TEXT_COLUMNS = ("cell", "shape", "mapping", "quantizer", "status")
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from small_runs import (
 from semids import pipeline, shards
 from semids.cli import main
 from semids.errors import CorruptionError
+from semids.progress import silent
+from semids.shards import ShardLayout
 from semids.stages import StageReader, verify_stages
 
 FLIPS_A_FILE = 5
@@ -177,6 +180,26 @@ def test_a_missing_file_is_made_again_with_no_other_shard(
     assert made_again(folder, before) == again
     assert ids(folder) == expected
     assert verify_stages(folder)[1] == []
+
+
+def test_a_shard_made_again_to_other_bytes_is_not_judged_by_its_old_sidecar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guard: `sidecar.unlink` in `shards.write_shards`; a run that ended between the two was refused for good."""
+    layout = ShardLayout(4, 2, "float32")
+
+    def write(value: float) -> None:
+        rows = np.full((4, 2), value, dtype=np.float32)
+        shards.write_shards(tmp_path, "x", layout, lambda *_: rows, fingerprint="f", progress=silent)
+
+    write(1)
+    (tmp_path / "x-00000.npy").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "commit_sealed_json", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write(2)
+    write(3)
+    assert (np.load(tmp_path / "x-00000.npy") == 3).all()
 
 
 def test_a_deleted_stage_is_made_again_alone(run: tuple[Path, list[str]]) -> None:
