@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -99,7 +99,13 @@ class ResidualKMeans(Quantizer):
     def _balance_codebook(
         self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
     ) -> StepOutcome:
-        return _balance(self._sample_residuals(step, data, needed), needed[step.needs[-1]]["codebook"], seed=self.seed)
+        residuals = self._sample_residuals(step, data, needed)
+        codebook = needed[step.needs[-1]]["codebook"]
+
+        def done(fits: int) -> None:
+            progress(step.title, fits, REFIT_STEPS + 1, "fits")
+
+        return _balance(residuals, codebook, seed=self.seed, done=done)
 
     def _fit_codebook(
         self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
@@ -144,14 +150,18 @@ def _codebooks(levels: list[Tensors]) -> FrozenResidualKMeans:
     )
 
 
-def _balance(residuals: NDArray[np.float32], codebook: NDArray[np.float32], *, seed: int) -> StepOutcome:
+def _balance(
+    residuals: NDArray[np.float32], codebook: NDArray[np.float32], *, seed: int, done: Callable[[int], None]
+) -> StepOutcome:
     """Move a codebook to the centroids of a balanced assignment, and find its potentials."""
     size = len(codebook)
     fitted_on = residuals[sample_rows(len(residuals), COST_BYTES // (4 * size), seed=seed)]
     potentials = _fit_uniform(fitted_on, codebook, start=None)
-    for _ in range(REFIT_STEPS):
+    for step in range(REFIT_STEPS):
+        done(step + 1)
         codebook = _centroids(residuals, FrozenResidualKMeans((codebook,), (potentials.values,)))
         potentials = _fit_uniform(fitted_on, codebook, start=potentials.values)
+    done(REFIT_STEPS + 1)
     evidence: dict[str, Any] = {
         "rows": len(residuals),
         "potentials_rows": len(fitted_on),
