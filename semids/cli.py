@@ -21,7 +21,7 @@ from semids.progress import TerminalProgress
 from semids.report import comparison_rows, format_table
 from semids.reporting import read_report, report_codes
 from semids.sample import write_sample_catalogue
-from semids.stages import Ref, verify_stages
+from semids.stages import Ref, StageReader, verify_stages
 from semids.store import commit, run_lock
 
 OPTIONS: dict[str, tuple[str, str]] = {
@@ -193,6 +193,8 @@ def _adopt(parsed: argparse.Namespace) -> None:
         run = runs.local_runner(folder, TerminalProgress())
         items = run(pipeline.scan_catalogue(config))
         vectors = run(runs.adopt_vectors(config, items, Path(parsed.vectors), parsed.reason))
+    if StageReader(vectors.path).summary.get("adopted", {}).get("reason") != parsed.reason:
+        raise UsageError(f"{vectors.path} already holds vectors of this catalogue and model; nothing was adopted")
     print(f"Adopted as {vectors.path}: runs with this catalogue and model use these vectors.")
 
 

@@ -192,7 +192,10 @@ def _adopt(catalogue: CatalogueSettings, items: Ref, source: Path, reason: str, 
         rows, dimensions, dtype = len(order), vectors.dimensions, str(vectors.dtype)
 
         def take(start: int, stop: int) -> NDArray[Any]:
-            return vectors.rows_at(order[start:stop])
+            wanted = order[start:stop]
+            ascending = np.argsort(wanted, kind="stable")
+            rows = vectors.rows_at(wanted[ascending])
+            return rows[np.argsort(ascending, kind="stable")]
 
         digests = {source.name: digest_file(source)}
 
@@ -217,6 +220,13 @@ def _row_of_content(items: Ref, source: Path, vectors: int, id_column: str) -> N
     frame = pl.read_parquet(reader.path("items.parquet"), columns=["item_id", "content_id"])
     if source.suffix != ".npy":
         ids = pl.scan_parquet(source).select(pl.col(id_column)).collect().to_series()
+        if ids.dtype != frame["item_id"].dtype:
+            raise DataError(f"{source}: expected ids of type {frame['item_id'].dtype}, got {ids.dtype}")
+        repeated = ids.filter(ids.is_duplicated())
+        if len(repeated):
+            raise DataError(
+                f"{source}: expected one vector an id, got several for {repeated.unique().head(5).to_list()}"
+            )
         rows = pl.DataFrame({"item_id": ids, "row": np.arange(len(ids))})
         joined = frame.join(rows, on="item_id", how="left", maintain_order="left")
         missing = joined.filter(pl.col("row").is_null())["item_id"]

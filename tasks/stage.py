@@ -18,6 +18,7 @@ from prefect.logging import get_run_logger
 
 from semids.errors import SemidsError, StorageError
 from semids.stages import Ref, Stage, run_stage
+from semids.store import digest_json
 
 FIRST_PROGRESS_SECONDS = 5.0
 PROGRESS_EVERY_SECONDS = 2.0
@@ -36,7 +37,7 @@ class StageFingerprint(CachePolicy):
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str | None:
         """Return the key of the stage in `inputs`."""
-        return f"{inputs['stage'].fingerprint}-{inputs['folder']}".replace("/", "-")
+        return digest_json([inputs["stage"].fingerprint, str(Path(inputs["folder"]).resolve())])
 
 
 def is_worth_retrying(task: Any, task_run: Any, state: State[Any]) -> bool:

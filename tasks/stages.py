@@ -14,7 +14,9 @@ def scan_catalogue(config: CommonConfig) -> Ref:
 
 
 def make_vectors(config: CommonConfig, items: Ref) -> Ref:
-    """Embed every distinct text, or import the vectors that were given."""
+    """Embed every distinct text, or import the vectors that were given; a shape they cannot fill is refused first."""
+    if isinstance(config, BuildConfig):
+        pipeline.check_sizes(config, items)
     # 54M texts through an 8B model take days; a hung driver should still end.
     return run_as_task(config.out, pipeline.make_vectors(config, items), hours=24 * 14, tags=("embedding", "gpu"))
 
