@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
@@ -207,17 +207,23 @@ def content_fields(splits: Sequence[str], leading: dict[str, Any]) -> dict[str, 
     return leading | {f"items:{split}": pa.uint32() for split in splits}
 
 
-@dataclass
 class ContentCounts:
-    """Distinct contents, in all and by split, added up group by group."""
+    """Distinct contents, in all and by split, added up group by group, and what identifies each of these sets."""
 
-    splits: Sequence[str]
-    contents: int = 0
+    def __init__(self, splits: Sequence[str]) -> None:
+        """Begin with none."""
+        self.contents = 0
+        self.by_split = np.zeros(len(splits), np.int64)
+        self._sets = [sha256() for _ in splits]
 
-    def __post_init__(self) -> None:
-        self.by_split = np.zeros(len(self.splits), np.int64)
-
-    def add(self, counts: NDArray[np.uint32]) -> None:
-        """Add the (g, splits) counts of g contents."""
+    def add(self, words: NDArray[np.uint64], counts: NDArray[np.uint32]) -> None:
+        """Add g contents: the (g, 2) words of their digests, ascending over all calls, and (g, splits) counts."""
         self.contents += len(counts)
         self.by_split += np.count_nonzero(counts, axis=0)
+        for known, count in zip(self._sets, counts.T, strict=True):
+            known.update(words[count > 0].tobytes())
+
+    @property
+    def set_digests(self) -> list[str]:
+        """SHA-256 of the contents of each split, 64 hex digits: blind to how many items have them."""
+        return [known.hexdigest() for known in self._sets]

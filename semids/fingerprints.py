@@ -51,6 +51,17 @@ def code_digest(*functions: Callable[..., Any]) -> dict[str, str]:
         return _code_digest(functions)
 
 
+def method_code(member: type, method: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Return what `code_digest` is to be given for a method that an object of class `member` runs.
+
+    A method may call others through its object, which then are those of the object's class: besides the method, all
+    classes count that `member` inherits from and the class that defines the method does not.
+    """
+    named = method.__module__, method.__qualname__.rpartition(".")[0]
+    defining = next((owner for owner in member.__mro__ if (owner.__module__, owner.__qualname__) == named), object)
+    return [method, *(owner for owner in member.__mro__ if owner not in defining.__mro__)]
+
+
 def _code_digest(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
     reached: dict[str, dict[str, str]] = defaultdict(dict)
     waiting = [(function.__module__, function.__qualname__) for function in functions]

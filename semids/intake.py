@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from semids.catalogue import Catalogue
-from semids.contents import TableWriter
+from semids.contents import ContentCounts, TableWriter
 from semids.errors import DataError, UsageError
 from semids.readers import Columns
 from semids.scratch import KeySpool, Scratch, count_distinct
@@ -269,28 +269,25 @@ class Intake:
         """Return the fields of items.parquet."""
         return {"item_id": self._id_type, "split": pa.string(), "content_id": pa.uint32()}
 
-    def summarize(self, contents: int, by_split: Sequence[int]) -> dict[str, Any]:
-        """Return the part of a summary that texts and vectors share.
-
-        Args:
-            contents: distinct contents in all.
-            by_split: distinct contents of each split, in the order of `splits`.
-        """
+    def summarize(self, counts: ContentCounts) -> dict[str, Any]:
+        """Return the part of a summary that texts and vectors share."""
         has_products = self._settings.brand_column is not None
-        splits: dict[str, dict[str, int | None]] = {}
-        for name, distinct in zip(self.splits, by_split, strict=True):
+        splits: dict[str, dict[str, Any]] = {}
+        found = zip(self.splits, counts.by_split.tolist(), counts.set_digests, strict=True)
+        for name, distinct, digest in found:
             number = self._numbers[name]
             products = count_distinct(self._products[number].sort()) if has_products else None
             splits[name] = {
                 "items": self._items[number],
-                "distinct_contents": int(distinct),
+                "distinct_contents": distinct,
                 "distinct_products": products,
+                "contents_digest": digest,
             }
         return {
             "rows": self.items + self.quarantined.total(),
             "items": self.items,
-            "distinct_contents": contents,
-            "duplicates": self.items - contents,
+            "distinct_contents": counts.contents,
+            "duplicates": self.items - counts.contents,
             "quarantined": dict(sorted(self.quarantined.items())),
             "splits": splits,
         }

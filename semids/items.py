@@ -6,6 +6,7 @@ quarantine and ids, `contents` equal contents, `vector_items` embeddings.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def scan_texts(settings: CatalogueSettings, output: StageOutput) -> dict[str, An
         _read(catalogue, intake, buckets, output)
         intake.judge()
         counts = ContentCounts(intake.splits)
+        in_order = sha256()
         content_ids = allocate(scratch.folder / "content_ids", np.uint32, (intake.items,))
 
         def write_contents(path: Path) -> None:
@@ -68,7 +70,8 @@ def scan_texts(settings: CatalogueSettings, output: StageOutput) -> dict[str, An
             with TableWriter(path, fields) as writer:
                 for group in buckets.groups(intake.split_order):
                     content_ids[group.items] = counts.contents + group.contents
-                    counts.add(group.counts)
+                    counts.add(group.words, group.counts)
+                    in_order.update(group.words.tobytes())
                     sizes = np.diff(group.text_offsets)
                     writer.write([digest_array(group.words), group.texts, *group.counts.T], sizes)
                     done += len(group.items)
@@ -77,8 +80,9 @@ def scan_texts(settings: CatalogueSettings, output: StageOutput) -> dict[str, An
         output.commit("contents.parquet", write_contents)
         commit_items(intake, content_ids, output)
         intake.commit_quarantine(output)
-        return intake.summarize(counts.contents, counts.by_split.tolist()) | {
+        return intake.summarize(counts) | {
             "kind": "texts",
+            "contents_digest": in_order.hexdigest(),
             "dimensions": None,
             "dtype": None,
         }

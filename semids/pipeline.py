@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from semids.arrays import Codes, code_dtype, format_shape
 from semids.config import QUANTIZERS, BuildConfig, CommonConfig, write_config
 from semids.errors import CorruptionError, DataError, UsageError
-from semids.fingerprints import code_digest
+from semids.fingerprints import code_digest, method_code
 from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
 from semids.quantizers.base import FrozenQuantizer, Tensors, TrainingData, TrainingStep
 from semids.semantic_ids import number_equal_ids, vocabulary, write_ids, write_tokens
@@ -87,8 +87,13 @@ def check_sizes(config: BuildConfig, items: Ref) -> None:
 
 
 def contents_digest(items: Ref) -> str:
-    """Return the SHA-256 of the contents: all that vectors and codebooks depend on, whatever else items have."""
-    return StageReader(items.path).manifest["files"]["contents.parquet"]["sha256"]
+    """Return the SHA-256 of the contents in their order: all that vectors depend on, whatever else items have."""
+    return StageReader(items.path).summary["contents_digest"]
+
+
+def training_digest(config: BuildConfig, items: Ref) -> str:
+    """Return the SHA-256 of the contents of the training split: which vectors codebooks are fitted to."""
+    return StageReader(items.path).summary["splits"][config.catalogue.train_split]["contents_digest"]
 
 
 # Contents to vectors
@@ -159,14 +164,14 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
         step.title,
         _train,
         (config, items, vectors, step, dict(needed)),
-        inputs={"contents": contents_digest(items), "vectors": vectors, **needed},
-        parameters={
-            "quantizer": config.quantizer,
-            "step": step.name,
-            "train_split": config.catalogue.train_split,
-            **step.parameters,
+        inputs={
+            "contents": contents_digest(items),
+            "training": training_digest(config, items),
+            "vectors": vectors,
+            **needed,
         },
-        reached=[step.run],
+        parameters={"quantizer": config.quantizer, "step": step.name, **step.parameters},
+        reached=method_code(type(config.make_quantizer()), step.run),
     )
 
 
@@ -203,7 +208,7 @@ def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) ->
             "catalogue": config.catalogue.model_dump(exclude={"path"}),
             "vectors": _origin(vectors),
         },
-        reached=[type(quantizer).assemble],
+        reached=method_code(type(quantizer), type(quantizer).assemble),
     )
 
 
@@ -260,7 +265,7 @@ def encode_vectors(vectors: Ref, model: Ref) -> Stage:
             "model": StageReader(model.path).manifest["files"]["tensors.safetensors"]["sha256"],
         },
         parameters={},
-        reached=[quantizer.freeze],
+        reached=method_code(quantizer, quantizer.freeze),
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, format_shape
 from semids.config import QUANTIZERS, BuildConfig
 from semids.distortion import Distortion, NeighbourFigures, neighbour_figures
+from semids.fingerprints import method_code
 from semids.kmeans import sample_rows
 from semids.metrics import measure_ids
 from semids.page import render_markdown
@@ -28,6 +29,7 @@ NEIGHBOUR_QUERIES = 1_000
 
 def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Stage:
     """Measure collisions, loads, distortion and neighbours, by split, and write report and plots."""
+    quantizer = QUANTIZERS[config.quantizer]
     return make_stage(
         "report",
         "Write the report",
@@ -35,7 +37,7 @@ def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, code
         (config, items, vectors, model, codes),
         inputs={"items": items, "vectors": vectors, "model": model, "codes": codes},
         parameters={"title": config.label, "seed": config.seed},
-        reached=[QUANTIZERS[config.quantizer].freeze],
+        reached=method_code(quantizer, quantizer.freeze),
     )
 
 

@@ -23,7 +23,7 @@ from semids.report import Report
 from semids.reporting import read_report, write_report
 from semids.shards import ShardLayout
 from semids.stages import Ref, Stage, StageOutput, StageReader, find_stage, reference, run_stage
-from semids.store import TEMPORARY_PREFIX, digest_file
+from semids.store import TEMPORARY_PREFIX, digest_file, digest_json
 
 RESULTS = "results"
 UNIT_NORM_TOLERANCE = 1e-2
@@ -210,7 +210,8 @@ def _adopt(catalogue: CatalogueSettings, items: Ref, source: Path, reason: str, 
             )
         return part
 
-    output.write_shards("vectors", ShardLayout(rows, dimensions, dtype), unit_rows)
+    origin = f"adopted from {source.name} ({digest_json(digests)[:16]})"
+    output.write_shards("vectors", ShardLayout(rows, dimensions, dtype), unit_rows, origin=origin)
     return {"rows": rows, "dimensions": dimensions, "adopted": {"reason": reason, "files": digests}}
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semids.errors import CorruptionError
+from semids.errors import CorruptionError, UsageError
 from semids.progress import Progress
 from semids.store import FileRecord, check_file, commit, commit_sealed_json, read_sealed_json
 
 SHARD_ROWS = 65_536
+COMPUTED = "computed"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def write_shards(
     produce: Callable[[int, int], NDArray[Any]],
     *,
     fingerprint: str,
+    origin: str = COMPUTED,
     progress: Progress,
 ) -> dict[str, FileRecord]:
     """Write a sharded array into `folder`, keeping the shards that an interrupted run finished.
@@ -55,16 +57,23 @@ def write_shards(
     Args:
         produce: called with the [start, stop) rows of each missing shard; returns them, (stop - start, columns).
         fingerprint: of the step that writes; a shard of another step is written again.
+        origin: where the rows come from, if not computed by the step itself; one array never mixes two.
 
     Returns:
-        The record of every file written or kept, sidecars included, by file name.
+        The record of every `.npy` file written or kept, by file name.
+
+    Raises:
+        UsageError: an interrupted run of the step left shards of another origin.
+        CorruptionError: a finished shard was changed.
     """
     records: dict[str, FileRecord] = {}
     for shard in range(layout.shards):
         start, stop = layout.bounds(shard)
         path = folder / shard_name(name, shard)
         sidecar = path.with_suffix(".json")
-        record = _finished_shard(path, fingerprint)
+        body: dict[str, Any] = {"rows": stop - start, "columns": layout.columns, "dtype": layout.dtype}
+        body |= {"fingerprint": fingerprint, "origin": origin}
+        record = _finished_shard(path, body)
         if record is None:
             array = np.ascontiguousarray(produce(start, stop), dtype=layout.dtype)
             if array.shape != (stop - start, layout.columns):
@@ -72,8 +81,7 @@ def write_shards(
             # An older sidecar beside a newer shard would look like corruption to a run that starts between the two.
             sidecar.unlink(missing_ok=True)
             record = commit(path, lambda temporary, array=array: _save(temporary, array))
-            body = {"rows": stop - start, "columns": layout.columns, "dtype": layout.dtype}
-            commit_sealed_json(sidecar, {**body, **vars(record), "fingerprint": fingerprint})
+            commit_sealed_json(sidecar, body | vars(record))
         records[path.name] = record
         progress(name, stop, layout.rows, "rows")
     return records
@@ -84,12 +92,19 @@ def _save(path: Path, array: NDArray[Any]) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def _finished_shard(path: Path, fingerprint: str) -> FileRecord | None:
+def _finished_shard(path: Path, expected: dict[str, Any]) -> FileRecord | None:
     sidecar = path.with_suffix(".json")
     if not sidecar.exists() or not path.exists():
         return None
     body = read_sealed_json(sidecar)
-    if body["fingerprint"] != fingerprint:
+    if body["fingerprint"] != expected["fingerprint"]:
+        return None
+    if body["origin"] != expected["origin"]:
+        raise UsageError(
+            f"{path} was {body['origin']}, and an interrupted run left it unfinished; "
+            "repeat that run to finish it, or delete the folder to begin anew"
+        )
+    if any(body[key] != value for key, value in expected.items()):
         return None
     record = FileRecord(body["bytes"], body["sha256"])
     check_file(path, record)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from semids.errors import CorruptionError
 from semids.progress import Progress, silent
-from semids.shards import ShardedArray, ShardLayout, shard_name, write_shards
+from semids.shards import COMPUTED, ShardedArray, ShardLayout, shard_name, write_shards
 from semids.store import (
     TEMPORARY_PREFIX,
     FileRecord,
@@ -101,11 +101,19 @@ class StageOutput:
         """Commit a small file held in memory."""
         self.files[name] = commit_bytes(self.folder / name, data)
 
-    def write_shards(self, name: str, layout: ShardLayout, produce: Callable[[int, int], NDArray[Any]]) -> None:
+    def write_shards(
+        self, name: str, layout: ShardLayout, produce: Callable[[int, int], NDArray[Any]], *, origin: str = COMPUTED
+    ) -> None:
         """Commit a sharded array, keeping shards that an interrupted run finished; see `shards.write_shards`."""
         self.arrays[name] = layout
         self.files |= write_shards(
-            self.folder, name, layout, produce, fingerprint=self.fingerprint, progress=self.progress
+            self.folder,
+            name,
+            layout,
+            produce,
+            fingerprint=self.fingerprint,
+            origin=origin,
+            progress=self.progress,
         )
 
     def scratch(self, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -240,10 +241,11 @@ def scan_vectors(settings: CatalogueSettings, output: StageOutput) -> dict[str, 
             output.progress("read catalogue", first_row + count, source.rows, "items")
         seen.close()
         intake.judge()
-        counts = _commit_in_order(intake, buckets, seen, scratch, output)
+        counts, contents_digest = _commit_in_order(intake, buckets, seen, scratch, output)
         intake.commit_quarantine(output)
-        return intake.summarize(counts.contents, counts.by_split.tolist()) | {
+        return intake.summarize(counts) | {
             "kind": "vectors",
+            "contents_digest": contents_digest,
             "dimensions": source.dimensions,
             "dtype": source.dtype.name,
         }
@@ -278,16 +280,17 @@ def _digest_rows(vectors: Vectors) -> list[bytes]:
 
 def _commit_in_order(
     intake: Intake, buckets: Buckets, seen: Spool, scratch: Scratch, output: StageOutput
-) -> ContentCounts:
-    """Commit items and contents, contents in order of their first item."""
+) -> tuple[ContentCounts, str]:
+    """Commit items and contents, contents in order of their first item; return their counts and digest in order."""
     counts = ContentCounts(intake.splits)
+    in_order = sha256()
     first_of = allocate(scratch.folder / "first_of", np.int64, (intake.items,))
     count_at = allocate(scratch.folder / "count_at", np.uint32, (intake.items, len(intake.splits)))
     done = 0
     for group in buckets.groups(intake.split_order):
         first_of[group.items] = group.firsts[group.contents]
         count_at[group.firsts] = group.counts
-        counts.add(group.counts)
+        counts.add(group.words, group.counts)
         done += len(group.items)
         output.progress("find equal vectors", done, intake.items, "items")
     content_ids = allocate(scratch.folder / "content_ids", np.uint32, (intake.items,))
@@ -303,11 +306,12 @@ def _commit_in_order(
                 content_ids[here[new]] = np.arange(content, content + int(new.sum()))
                 # The first item of a content comes before the others, so its number is known by now.
                 content_ids[here] = content_ids[first_of[here]]
-                digests = digest_array(np.stack([high[new], low[new]], axis=1))
-                writer.write([digests, rows[new], *count_at[here[new]].T])
+                words = np.stack([high[new], low[new]], axis=1)
+                in_order.update(words.tobytes())
+                writer.write([digest_array(words), rows[new], *count_at[here[new]].T])
                 item += len(batch)
                 content += int(new.sum())
 
     output.commit("contents.parquet", write_contents)
     commit_items(intake, content_ids, output)
-    return counts
+    return counts, in_order.hexdigest()

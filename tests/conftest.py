@@ -10,11 +10,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from small_catalogues import scanner
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +42,9 @@ def clustered_vectors(rows: int, dimensions: int, *, seed: int = 0, clusters: in
 def vectors() -> NDArray[np.float32]:
     """(2000, 24) unit vectors in clusters of unequal size."""
     return clustered_vectors(2000, 24)
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Callable[..., Any]:
+    """Scan a catalogue in a fresh stage folder; see `small_catalogues.scanner`."""
+    return scanner(tmp_path)

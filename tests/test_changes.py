@@ -85,6 +85,15 @@ def reverse_items(project: Project) -> None:
     project.catalogue.write_text("".join(reversed(lines)))
 
 
+def append_item(**values: Any) -> Callable[[Project], None]:
+    def append(project: Project) -> None:
+        first = json.loads(project.catalogue.read_text().splitlines()[0])
+        with project.catalogue.open("a") as file:
+            file.write(json.dumps(first | {"item_id": "appended"} | values) + "\n")
+
+    return append
+
+
 def change_a_weight(project: Project) -> None:
     tensors = load_file(project.model / "model.safetensors")
     tensors["encoder.layer.0.output.dense.bias"][0] += 0.5
@@ -120,6 +129,12 @@ CHANGES: list[tuple[str, Callable[[Project], None], dict[str, Any], list[str], s
     ("text column, named as found before", nothing, {"text_column": "text"}, [], {"items", "model", "report"}),
     ("training split", nothing, {}, ["catalogue.train_split=test"], {"items", *AFTER_VECTORS}),
     ("one item more", change_items(items=161), {}, [], EVERYTHING),
+    ("one item more with a known text", append_item(), {}, [], {"items", "ids", "report"}),
+    ("one item more with a text of the other split", append_item(split="test"), {}, [], {"items", "ids", "report"}),
+    ("one item more with a test text", append_item(text="new", split="test"), {}, [], EVERYTHING),
+    ("a repeated text moved", change_items(changes={7: {"split": "more"}}), {}, [], {"items", "ids", "report"}),
+    ("a test text moved", change_items(changes={7: {"split": "train"}}), {}, [], {"items", *AFTER_VECTORS}),
+    ("a training text moved", change_items(changes={0: {"split": "test"}}), {}, [], {"items", *AFTER_VECTORS}),
     ("one text", change_items(changes={8: {"text": "another"}}), {}, [], EVERYTHING),
     ("one id", change_items(changes={8: {"item_id": "other"}}), {}, [], {"items", "ids", "report"}),
     ("a column that is not used", change_items(changes={8: {"title": "other"}}), {}, [], {"items"}),
@@ -201,17 +216,26 @@ def reword(tree: ast.Module) -> None:
             node.annotation = ast.Name("object")
 
 
-def run_copy(project: Project, edits: dict[str, Callable[[ast.Module], None]]) -> None:
-    """Run with a copy of the package whose files were edited."""
+def run_copy(
+    project: Project,
+    edits: dict[str, Callable[[ast.Module], None]],
+    *,
+    added: dict[str, str] | None = None,
+    **options: Any,
+) -> None:
+    """Run with a copy of the package whose files were edited, and to which some were added."""
     library = project.folder / "library"
+    shutil.rmtree(library, ignore_errors=True)
     shutil.copytree(PACKAGE, library / "semids", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, source in (added or {}).items():
+        (library / "semids" / name).write_text(source)
     for pattern, edit in edits.items():
         for path in sorted((library / "semids").glob(pattern)):
             tree = ast.parse(path.read_text())
             edit(tree)
             path.write_text(ast.unparse(tree))
     done = subprocess.run(
-        [sys.executable, "-m", "semids.cli", *project.arguments()],
+        [sys.executable, "-m", "semids.cli", *project.arguments(**options)],
         cwd=project.folder,
         env={**os.environ, "PYTHONPATH": str(library)},
         capture_output=True,
@@ -269,6 +293,34 @@ def test_changed_code_makes_exactly_what_runs_it_again(
     before = project.stages()
     run_copy(project, edits)
     assert project.made_since(before) == made
+
+
+CHILD = """
+from semids.quantizers.residual_kmeans import ResidualKMeans
+
+class Child(ResidualKMeans):
+    name = "child"
+
+    def _sample_residuals(self, *given):
+        return super()._sample_residuals(*given)
+
+    @staticmethod
+    def unused():
+        return 0
+"""
+
+
+def test_a_helper_that_an_inheriting_quantizer_overrides_is_part_of_its_steps(project: Project) -> None:
+    """Guard: `fingerprints.method_code`."""
+    child = {"quantizers/child.py": CHILD}
+    run_copy(project, {}, added=child, quantizer="child")
+    before = project.stages()
+    run_copy(project, {}, added=child, quantizer="child")
+    assert project.stages() == before
+    edit = {"quantizers/child.py": lambda tree: add_statement(tree, "_sample_residuals")}
+    run_copy(project, edit, added=child, quantizer="child")
+    # The report names the class only to decode; what was trained to the same effect leaves the same model behind it.
+    assert project.made_since(before) == {*CODEBOOKS, *UNIFORM, "model", "codes", "report"}
 
 
 def test_new_items_are_encoded_by_a_model_trained_on_adopted_vectors(project: Project) -> None:
