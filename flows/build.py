@@ -35,4 +35,4 @@ def build(config: BuildConfig) -> CellOutcome:
 
 if __name__ == "__main__":
     build_config = read_config(sys.argv[1], BuildConfig)
-    print_outcome(build(build_config), build_config.out)
+    print_outcome(build_config, build(build_config))

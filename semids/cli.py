@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from semids import pipeline, runs
+from semids import pipeline, results, runs
+from semids.adopt import adopt_vectors
 from semids.arrays import parse_shape
 from semids.config import BuildConfig, make_config, read_values
 from semids.errors import CorruptionError, SemidsError, StorageError, UsageError
@@ -86,9 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--suffix", action="store_true", default=None, help="add a last token that makes IDs unique")
 
     encode = command("encode", _encode, "give new items their IDs from a frozen model")
-    encode.add_argument("model_folder", help="model folder, for example runs/results/256x256x256-nearest-…/model")
+    encode.add_argument("model_folder", help="model folder, as runs/results/ITEMS/256x256x256-nearest-…/model")
     encode.add_argument("input", help="new items: catalogue or vectors")
-    _add_options(encode, {k: v for k, v in OPTIONS.items() if k not in ("--model", "--revision", "--split-column")})
+    _add_options(encode, {k: v for k, v in OPTIONS.items() if k not in ("--split-column", "--seed")})
 
     adopt = command("adopt", _adopt, "register embeddings that were computed elsewhere or by an older version")
     adopt.add_argument("vectors", help=".npy in catalogue order, Parquet with the id column, or an older vectors stage")
@@ -170,18 +171,21 @@ def _tokenize(parsed: argparse.Namespace) -> None:
     folder = Path(config.out)
     with run_lock(folder):
         refs = runs.build(config, runs.local_runner(folder, TerminalProgress()))
-        where = runs.publish(folder, config.label, refs)
+        where = results.publish(config, refs)
     _print_figures([refs.report])
     print(f"\nSemantic IDs, report and model: {where}")
 
 
 def _encode(parsed: argparse.Namespace) -> None:
     model_folder = Path(parsed.model_folder)
-    config = _override(runs.encoding_config(model_folder), parsed, source=parsed.model_folder)
+    for place in (assignment.partition("=")[0] for assignment in parsed.set):
+        if not place.startswith(("catalogue.", "embedder.")):
+            raise UsageError(f"encode takes {place} from the model; only catalogue and embedder can be told otherwise")
+    config = _override(runs.encoding_config(model_folder, parsed.input), parsed, source=parsed.model_folder)
     folder = Path(config.out)
     with run_lock(folder):
         refs = runs.encode_items(config, model_folder, runs.local_runner(folder, TerminalProgress()))
-        where = runs.publish(folder, config.label, refs)
+        where = results.publish(config, refs)
     _print_figures([refs.report])
     print(f"\nSemantic IDs and report: {where}")
 
@@ -192,7 +196,7 @@ def _adopt(parsed: argparse.Namespace) -> None:
     with run_lock(folder):
         run = runs.local_runner(folder, TerminalProgress())
         items = run(pipeline.scan_catalogue(config))
-        vectors = run(runs.adopt_vectors(config, items, Path(parsed.vectors), parsed.reason))
+        vectors = run(adopt_vectors(config, items, Path(parsed.vectors), parsed.reason))
     if StageReader(vectors.path).summary.get("adopted", {}).get("reason") != parsed.reason:
         raise UsageError(f"{vectors.path} already holds vectors of this catalogue and model; nothing was adopted")
     print(f"Adopted as {vectors.path}: runs with this catalogue and model use these vectors.")
@@ -201,7 +205,7 @@ def _adopt(parsed: argparse.Namespace) -> None:
 def _report(parsed: argparse.Namespace) -> None:
     path = Path(parsed.codes)
     if path.is_dir():
-        rows = comparison_rows(runs.published_reports(path))
+        rows = comparison_rows(results.published_reports(path))
         print(json.dumps(rows, indent=1) if parsed.json else format_table(rows))
         return
     report = report_codes(path, parse_shape(parsed.shape) if parsed.shape else None)

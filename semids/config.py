@@ -126,7 +126,8 @@ class BuildConfig(CommonConfig):
     @property
     def label(self) -> str:
         """The configuration in a name of letters, digits and dashes."""
-        return f"{self.shape}-{self.mapping}-{self.quantizer.replace('_', '-')}"
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return f"{self.shape}-{self.mapping}-{self.quantizer.replace('_', '-')}{seed}"
 
     def quantizer_settings(self) -> QuantizerSettings:
         """Return the settings of the chosen quantizer."""
@@ -197,7 +198,7 @@ def make_config(kind: type[BuildConfig] | type[SweepConfig], values: dict[str, A
         UsageError: a key or value that the model refuses; names the field and the source.
     """
     try:
-        return kind(**values)
+        return kind.model_validate(values)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
         places = [".".join(str(part) for part in fault["loc"]) or "configuration" for fault in found]

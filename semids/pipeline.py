@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from semids.arrays import Codes, code_dtype, format_shape
-from semids.config import QUANTIZERS, BuildConfig, CommonConfig, write_config
+from semids.config import QUANTIZERS, BuildConfig, CommonConfig
 from semids.errors import CorruptionError, DataError, UsageError
 from semids.fingerprints import code_digest, method_code
 from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
@@ -124,12 +124,13 @@ def make_vectors(config: CommonConfig, items: Ref) -> Stage:
 
 def _embed(config: CommonConfig, items: Ref, output: StageOutput) -> dict[str, Any]:
     contents = StageReader(items.path).path("contents.parquet")
-    rows: int = pl.scan_parquet(contents).select(pl.len()).collect().item()
+    rows: int = pl.scan_parquet(contents, glob=False).select(pl.len()).collect().item()
     embedder = config.make_embedder()
     embedder.load()
 
     def embed_rows(start: int, stop: int) -> NDArray[np.float32]:
-        texts = pl.scan_parquet(contents).select("text").slice(start, stop - start).collect()["text"].to_list()
+        part = pl.scan_parquet(contents, glob=False).select("text").slice(start, stop - start).collect()
+        texts = part["text"].to_list()
         try:
             return embedder.embed(
                 texts, lambda step, done, total, unit: output.progress("embed texts", start + done, rows, "texts")
@@ -144,7 +145,7 @@ def _embed(config: CommonConfig, items: Ref, output: StageOutput) -> dict[str, A
 
 def _import_vectors(catalogue: Any, items: Ref, output: StageOutput) -> dict[str, Any]:
     sources: NDArray[np.int64] = (
-        pl.read_parquet(StageReader(items.path).path("contents.parquet"), columns=["row"])["row"]
+        pl.read_parquet(StageReader(items.path).path("contents.parquet"), glob=False, columns=["row"])["row"]
         .to_numpy()
         .astype(np.int64)
     )
@@ -206,7 +207,7 @@ def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) ->
         parameters={
             **config.model_dump(include={"shape", "mapping", "quantizer"}),
             "catalogue": config.catalogue.model_dump(exclude={"path"}),
-            "vectors": _origin(vectors),
+            "vectors": vector_model(StageReader(vectors.path).manifest["ingredients"]),
         },
         reached=method_code(type(quantizer), type(quantizer).assemble),
     )
@@ -215,13 +216,14 @@ def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) ->
 def _freeze(config: BuildConfig, vectors: Ref, steps: dict[str, Ref], output: StageOutput) -> dict[str, Any]:
     tensors = config.make_quantizer().assemble({name: read_tensors(ref) for name, ref in steps.items()})
     output.commit("tensors.safetensors", lambda path: save_file(tensors, path))
-    output.commit_bytes("config.yaml", write_config(config.model_copy(update={"out": "encoded"})).encode())
+    # Where the catalogue and the embedder lay decides nothing, and must not be in a digest.
+    output.remember(config=config.model_dump(mode="json"))
     return {
         "shape": config.shape,
         "mapping": config.mapping,
         "quantizer": config.quantizer,
         "dimensions": StageReader(vectors.path).summary["dimensions"],
-        "vectors": _origin(vectors),
+        "vectors": vector_model(StageReader(vectors.path).manifest["ingredients"]),
         "training": [
             {"step": name, "fingerprint": ref.fingerprint, **StageReader(ref.path).summary}
             for name, ref in steps.items()
@@ -229,9 +231,15 @@ def _freeze(config: BuildConfig, vectors: Ref, steps: dict[str, Ref], output: St
     }
 
 
-def _origin(vectors: Ref) -> dict[str, Any]:
-    """Return what the vectors were made by, or adopted as made by: others are comparable only if theirs is equal."""
-    return StageReader(vectors.path).manifest["ingredients"]["parameters"]
+def vector_model(ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of the model that vectors are, or were adopted as, those of; empty if they were given.
+
+    Vectors are comparable only if theirs are equal.
+
+    Args:
+        ingredients: of the vectors stage.
+    """
+    return {name: value for name, value in ingredients["parameters"].items() if name != "vector_column"}
 
 
 def read_tensors(ref: Ref) -> Tensors:
@@ -318,7 +326,7 @@ def _assign_ids(suffix: bool, items: Ref, codes: Ref, output: StageOutput) -> di
     content_codes, sizes = read_codes(codes)
     suffixes: NDArray[np.uint32] | None = None
     if suffix:
-        frame = pl.read_parquet(item_file, columns=["item_id", "content_id"])
+        frame = pl.read_parquet(item_file, glob=False, columns=["item_id", "content_id"])
         content_ids = frame["content_id"].to_numpy()
         suffixes = number_equal_ids(frame["item_id"], content_ids, content_codes[content_ids], sizes)
     suffix_values = int(suffixes.max()) + 1 if suffixes is not None else 0
@@ -333,6 +341,6 @@ def multiplicities(items: Ref) -> dict[str, NDArray[np.uint32]]:
     """Return how many items of each split have each content: (D,) counts by split name."""
     reader = StageReader(items.path)
     frame = pl.read_parquet(
-        reader.path("contents.parquet"), columns=[f"items:{name}" for name in reader.summary["splits"]]
+        reader.path("contents.parquet"), glob=False, columns=[f"items:{name}" for name in reader.summary["splits"]]
     )
     return {name: frame[f"items:{name}"].to_numpy() for name in reader.summary["splits"]}

@@ -124,7 +124,7 @@ def read_code_columns(path: Path, sizes: Sequence[int] | None) -> Codes:
         CodesError: a code outside its codebook, or more or fewer columns than sizes.
     """
     try:
-        frame = pl.read_parquet(path)
+        frame = pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UsageError(f"cannot read {path} as Parquet: {error}") from error
     names = [f"c{level}" for level in range(len(LETTERS)) if f"c{level}" in frame.columns]

@@ -92,6 +92,11 @@ class StageOutput:
         self.progress = progress
         self.files: dict[str, FileRecord] = {}
         self.arrays: dict[str, ShardLayout] = {}
+        self.remembered: dict[str, Any] = {}
+
+    def remember(self, **facts: Any) -> None:
+        """Keep facts that decide nothing, as JSON: they are in the manifest's `run` and in no digest of outputs."""
+        self.remembered |= facts
 
     def commit(self, name: str, write: Callable[[Path], None]) -> None:
         """Commit the file that `write` makes at the path it is given."""
@@ -228,6 +233,7 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
             "seconds": round(seconds, 3),
             "peak_rss_bytes": peak_rss_bytes(),
             "versions": library_versions(),
+            **output.remembered,
         },
     }
     commit_sealed_json(target / MANIFEST, manifest)

@@ -19,7 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict
 
-from semids import runs
+from semids import results, runs
 from semids.config import BuildConfig, CommonConfig, SweepConfig
 from semids.page import render_markdown
 from semids.plots import plot_comparison
@@ -41,9 +41,9 @@ class CellOutcome(BaseModel):
     ids: Ref
     report: Ref
 
-    def refs(self) -> runs.CellRefs:
+    def refs(self) -> results.CellRefs:
         """Return the references as the library holds them."""
-        return runs.CellRefs(self.model, self.ids, self.report)
+        return results.CellRefs(self.model, self.ids, self.report)
 
 
 def own_run_folder(config: CommonConfig) -> AbstractContextManager[None]:
@@ -62,9 +62,9 @@ def find_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome | No
 
 
 @task(task_run_name="publish {outcome.label}", cache_policy=NO_CACHE, result_serializer="json")
-def publish(config: CommonConfig, outcome: CellOutcome) -> None:
+def publish(config: BuildConfig, outcome: CellOutcome) -> None:
     """Show a cell: links in the run folder's results, and its report as artifacts with stable keys."""
-    runs.publish(Path(config.out), outcome.label, outcome.refs())
+    results.publish(config, outcome.refs())
     reader = StageReader(outcome.report.path)
     report = read_report(outcome.report)
 
@@ -108,8 +108,8 @@ def collect(
 
 @task(task_run_name="compare the cells", cache_policy=NO_CACHE, result_serializer="json")
 def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -> None:
-    """Write the comparison into the run folder, and show it under one key, whose page is the history of sweeps."""
-    folder = Path(config.out)
+    """Write the comparison beside the results, and show it under one key, whose page is the history of sweeps."""
+    folder = results.results_folder(config)
     rows = comparison_rows(
         outcome if isinstance(outcome, FailedCell) else read_report(outcome.report) for outcome in outcomes
     )
@@ -144,18 +144,18 @@ def sweep_state(outcomes: Sequence[CellOutcome | FailedCell]) -> State[Any]:
 
 def print_comparison(config: SweepConfig, state: State[Any]) -> int:
     """Print the comparison table and where everything is; return the exit code: 1 if a cell or the sweep failed."""
-    folder = Path(config.out)
     if state.is_failed() and not (state.message or "").endswith("cells completed"):
         print(f"The sweep did not reach its comparison: {state.message}")
         return 1
+    folder = results.results_folder(config)
     rows: list[dict[str, Any]] = json.loads((folder / "comparison.json").read_bytes())
     print(f"\n{format_table(rows)}\n")
     print(f"Comparison and plot   {folder / 'comparison.md'}")
-    print(f"Reports, plots, IDs   {folder / runs.RESULTS}/CELL/report.md, semantic_ids.parquet, tokens.json, …")
+    print(f"Reports, plots, IDs   {folder}/CELL/report.md, semantic_ids.parquet, tokens.json, …")
     return int(any(row["status"].startswith("failed") for row in rows))
 
 
-def print_outcome(outcome: CellOutcome, folder: str) -> None:
+def print_outcome(config: BuildConfig, outcome: CellOutcome) -> None:
     """Print a configuration's figures and where everything is."""
     print(f"\n{format_table(comparison_rows([read_report(outcome.report)]))}\n")
-    print(f"Report, plots, IDs, model   {Path(folder) / runs.RESULTS / outcome.label}")
+    print(f"Report, plots, IDs, model   {results.results_folder(config) / outcome.label}")

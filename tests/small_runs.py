@@ -83,7 +83,7 @@ def use_small_shards(rows: int = SHARD_ROWS) -> None:
 
 def published(run: Path) -> Path:
     """Return the one folder of results that a run shows."""
-    (folder,) = (run / "results").iterdir()
+    (folder,) = (run / "results").glob("*/*/")
     return folder
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny_models
 from safetensors.numpy import load_file, save_file
-from small_runs import TIMEOUT_S, copy_run, tokenize_arguments, write_catalogue
+from small_runs import TIMEOUT_S, copy_run, published, tokenize_arguments, write_catalogue
 
 from semids.cli import main
 from semids.embedders.transformer import TransformerEmbedder
@@ -329,9 +329,9 @@ def test_new_items_are_encoded_by_a_model_trained_on_adopted_vectors(project: Pr
     common = [part for part in adopted[1:] if part not in ("--shape", "8x6x4", "--mapping", "uniform")]
     assert main(["adopt", str(vectors), *common, "--reason", "test"]) == 0
     assert main(adopted) == 0
-    (model,) = (project.folder / "adopted" / "results").glob("*/model")
+    (model,) = (project.folder / "adopted" / "results").glob("*/*/model")
     assert main(["encode", str(model), str(project.catalogue), "--out", str(project.folder / "encoded")]) == 0
-    ids = [next((project.folder / name / "results").iterdir()) / "tokens.json" for name in ("adopted", "encoded")]
+    ids = [published(project.folder / name) / "tokens.json" for name in ("adopted", "encoded")]
     assert ids[0].read_bytes() == ids[1].read_bytes()
     assert np.array_equal(
         *(

@@ -21,6 +21,7 @@ from flows.build import build
 from flows.sweep import sweep
 from semids import store
 from semids.config import BuildConfig, SweepConfig
+from semids.results import results_folder
 from semids.stages import StageReader
 from semids.store import run_lock
 
@@ -75,7 +76,7 @@ def test_a_build_leaves_ids_and_artifacts_and_a_second_one_changes_no_file(
     config = build_config(catalogue, tmp_path)
     first = build(config, return_state=True)
     assert first.is_completed()
-    results = tmp_path / "run" / "results" / config.label
+    results = results_folder(config) / config.label
     assert {path.name for path in results.iterdir()} >= {"report.md", "semantic_ids.parquet", "tokens.json", "model"}
     before = snapshot(tmp_path / "run")
     caplog.clear()
@@ -101,7 +102,7 @@ def test_a_sweep_shares_levels_and_survives_a_cell_that_fails(catalogue: dict[st
     state = sweep(config, return_state=True)
     assert state.is_completed()
     assert (state.name, state.message) == ("CompletedWithFailures", "2 of 3 cells completed")
-    rows = {row["cell"]: row for row in json.loads((tmp_path / "run" / "comparison.json").read_text())}
+    rows = {row["cell"]: row for row in json.loads((results_folder(config) / "comparison.json").read_text())}
     assert rows["8x8-nearest-residual-kmeans"]["status"] == "ok"
     reason = rows["512x8-nearest-residual-kmeans"]["status"]
     assert "got 400 items for 512 codewords" in reason
@@ -185,3 +186,16 @@ def test_results_and_errors_are_stored_as_json_and_never_as_pickle(
     assert kept
     assert set(kept) == {"json"}
     assert StageReader(outcome.report.path).summary["title"] == outcome.label
+
+
+def test_prefect_never_answers_with_the_files_of_another_folder(
+    catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guard: the whole folder in `StageFingerprint.compute_key`; a relative `out` is another folder elsewhere."""
+    for place, out in (("first", "runs/s"), ("second", "runs/s"), ("second", "runs-s")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        outcome = build(build_config(catalogue, tmp_path).model_copy(update={"out": out}))
+        for ref in (outcome.model, outcome.ids, outcome.report):
+            assert Path(ref.path).is_relative_to(tmp_path / place / out)
+            assert ref.is_present()

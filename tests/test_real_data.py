@@ -29,7 +29,8 @@ def industrial(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def report_of(folder: Path, mapping: str) -> dict[str, Any]:
-    return json.loads((folder / "results" / f"16x16x16-{mapping}-residual-kmeans" / "report.json").read_text())
+    shown = folder / "results" / "industrial_minilm_f16" / f"16x16x16-{mapping}-residual-kmeans"
+    return json.loads((shown / "report.json").read_text())
 
 
 def test_nearest_reconstructs_as_well_as_the_reference(industrial: Path) -> None:
@@ -47,7 +48,7 @@ def test_uniform_balances_every_level_for_a_percent_of_error(industrial: Path) -
 
 
 def test_codes_equal_those_of_faiss_for_the_same_codebooks(industrial: Path, real_data: Path) -> None:
-    results = industrial / "results" / "16x16x16-nearest-residual-kmeans"
+    results = industrial / "results" / "industrial_minilm_f16" / "16x16x16-nearest-residual-kmeans"
     from safetensors.numpy import load_file
 
     tensors = load_file(results / "model" / "tensors.safetensors")
@@ -80,7 +81,7 @@ def test_catalogues_of_texts_get_equal_ids_for_equal_texts(
     arguments += ["--set", "embedder.max_tokens=32"]
     assert main(["tokenize", str(tmp_path / "items.parquet"), *arguments]) == 0
     (report,) = published_reports(tmp_path / "run")
-    ids = pl.read_parquet(next((tmp_path / "run").glob("results/*/semantic_ids.parquet")))
+    ids = pl.read_parquet(next((tmp_path / "run").glob("results/*/*/semantic_ids.parquet")))
     rendered = pl.read_parquet(next((tmp_path / "run").glob("stages/items-*/items.parquet")))
     joined = ids.join(rendered, on="item_id")
     assert joined.group_by("content_id").agg(pl.struct("c0", "c1", "c2").n_unique().alias("ids"))["ids"].max() == 1
@@ -89,7 +90,7 @@ def test_catalogues_of_texts_get_equal_ids_for_equal_texts(
     if distinct:
         assert figures.distinct_contents == distinct
     assert figures.duplicate_floor == 1 - (figures.distinct_contents or 0) / figures.items
-    assert f"{figures.duplicate_floor:.4f}" in next((tmp_path / "run").glob("results/*/report.md")).read_text()
+    assert f"{figures.duplicate_floor:.4f}" in next((tmp_path / "run").glob("results/*/*/report.md")).read_text()
 
 
 def test_published_indexes_report_through_the_command_line(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,5 +109,5 @@ def test_published_indexes_report_through_the_command_line(real_data: Path, caps
 def test_a_finished_run_verifies(industrial: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(industrial)]) == 0
     assert "are as they were written" in capsys.readouterr().out
-    model = industrial / "results" / "16x16x16-uniform-residual-kmeans" / "model"
+    model = industrial / "results" / "industrial_minilm_f16" / "16x16x16-uniform-residual-kmeans" / "model"
     assert StageReader(model).summary["mapping"] == "uniform"

@@ -32,6 +32,11 @@ class Embedder(ABC):
         """Keep settings of the member's own `settings_type`."""
         self.settings = settings
 
+    @property
+    @abstractmethod
+    def short_name(self) -> str:
+        """The model in a word, for the names of folders."""
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the vectors, as JSON: digests of weights and tokenizer, and parameters.

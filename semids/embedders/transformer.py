@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from semids.embedders._checkpoint import Checkpoint, locate_model, open_checkpoint
+from semids.embedders._checkpoint import PACKAGE_PREFIX, Checkpoint, locate_model, open_checkpoint
 from semids.embedders._encoder import Encoder, Pooling, load_encoder, unusable_rows
 from semids.embedders.base import Embedder, EmbedderSettings
 from semids.errors import DataError, UsageError
@@ -88,6 +89,14 @@ class TransformerEmbedder(Embedder):
         """Keep the settings; nothing is read before `identity` or `load`."""
         super().__init__(settings)
         self._encoder: Encoder | None = None
+
+    @property
+    def short_name(self) -> str:
+        """The package, or the last part of the folder or hub id."""
+        model: str = self.settings.model
+        if model.startswith(PACKAGE_PREFIX):
+            return model.removeprefix(PACKAGE_PREFIX).partition("/")[0]
+        return Path(model).resolve().name
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the vectors, as JSON; see `Embedder.identity`.

