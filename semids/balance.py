@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ COOLING = 0.4
 NEWTON_CODEWORDS = 2048
 """Largest codebook whose K × K curvature is formed: on product vectors 20 Newton steps do what 1,000 Sinkhorn
 iterations do not. Above it, an n·K² product and a K³ solution a step cost more than they save."""
+COARSE_ROWS_PER_CODEWORD = 128
+"""Rows that annealing looks at, evenly spaced: where they lead, all rows are a few steps from their own solution."""
 SINKHORN_STEPS_PER_NEWTON_STEP = 12
 RELAXATION = 1.8
 """Length of a Sinkhorn step, 1 being its own; halves their number (Lehmann et al. 2021), 2 diverges."""
@@ -84,18 +87,29 @@ def fit_potentials(
     costs = costs.astype(np.float32, copy=False)
     values = np.zeros(costs.shape[1]) if start is None else start.astype(np.float64)
     climb = _climb_by_newton if costs.shape[1] <= NEWTON_CODEWORDS else _climb_by_sinkhorn
-    spread = float(costs.std(dtype=np.float64))
+    spread = standard_deviation(costs)
+    coarse = costs[:: max(1, len(costs) // (COARSE_ROWS_PER_CODEWORD * costs.shape[1]))]
     smoothing = max((0.3 if start is None else 0.02) * spread, epsilon)
     iterations = 0
     while smoothing > epsilon:
-        values, steps, _ = climb(costs, values, smoothing, COARSE_TOLERANCE, max_iterations)
+        values, steps, _ = climb(coarse, values, smoothing, COARSE_TOLERANCE, max_iterations)
         iterations += steps
         smoothing = max(smoothing * COOLING, epsilon)
+    if len(coarse) < len(costs):
+        values, steps, _ = climb(coarse, values, epsilon, COARSE_TOLERANCE, max_iterations)
+        iterations += steps
     values, steps, marginal_error = climb(costs, values, epsilon, TOLERANCE, max_iterations)
     frozen = (values - values.mean()).astype(np.float32)
     load_min, load_max = _hard_loads(costs, frozen)
     converged = marginal_error <= TOLERANCE
     return Potentials(frozen, epsilon, iterations + steps, marginal_error, converged, load_min, load_max)
+
+
+def standard_deviation(costs: NDArray[np.float32]) -> float:
+    """Return the standard deviation of all entries, without a copy of them in a wider type."""
+    mean = float(costs.mean(dtype=np.float64))
+    squares = sum(float(np.square(block - np.float32(mean)).sum(dtype=np.float64)) for block in _blocks(costs))
+    return math.sqrt(squares / costs.size)
 
 
 def _climb_by_newton(

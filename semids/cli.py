@@ -24,6 +24,7 @@ from semids.reporting import read_report, report_codes
 from semids.sample import write_sample_catalogue
 from semids.stages import Ref, StageReader, verify_stages
 from semids.store import commit, run_lock
+from semids.text import printable
 
 OPTIONS: dict[str, tuple[str, str]] = {
     # option: (place in the configuration, help)
@@ -61,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parser().parse_args(arguments)
         return int(parsed.run(parsed) or 0)
     except SemidsError as error:
-        print(f"semids: {error}", file=sys.stderr)
+        print(f"semids: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"semids: {error}; run the same command again: finished work is kept", file=sys.stderr)
+        print(f"semids: {printable(str(error))}; run the same command again: finished work is kept", file=sys.stderr)
         return StorageError.exit_code
     except KeyboardInterrupt:
         print("semids: interrupted; run the same command again to go on from here", file=sys.stderr)
@@ -149,6 +150,8 @@ def _override(values: dict[str, Any], parsed: argparse.Namespace, *, source: str
             _put(values, place, yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise UsageError(f"expected YAML after {place}=, got {value!r}: {error}") from error
+    if not isinstance(values.get("catalogue"), dict) or not values["catalogue"].get("path"):
+        raise UsageError(f"{source}: expected a catalogue: give INPUT, or a configuration with catalogue.path")
     return make_config(BuildConfig, values, source=source)
 
 
@@ -220,12 +223,15 @@ def _verify(parsed: argparse.Namespace) -> None:
     folder = Path(parsed.folder)
     if not (folder / "stages").is_dir():
         raise UsageError(f"{folder} is not a run folder: it has no stages folder")
-    checked, faults = verify_stages(folder)
+    found = verify_stages(folder)
+    faults = found.faults + results.broken_links(folder)
     for fault in faults:
-        print(fault, file=sys.stderr)
+        print(printable(fault), file=sys.stderr)
+    for unfinished in found.unfinished:
+        print(f"{printable(str(unfinished))} is unfinished: interrupted, or under way", file=sys.stderr)
     if faults:
-        raise CorruptionError(f"{len(faults)} of {checked} committed files are not as they were written")
-    print(f"{checked} committed files are as they were written")
+        raise CorruptionError(f"{len(faults)} faults among {found.checked} committed files")
+    print(f"{found.checked} committed files are as they were written")
 
 
 def _sample(parsed: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import yaml
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     ValidationError,
     WithJsonSchema,
@@ -39,6 +40,11 @@ def _known_quantizer(name: str) -> str:
     return name
 
 
+def _shape_of_one_level(shape: Any) -> Any:
+    # YAML reads `shape: 256` as a number.
+    return str(shape) if isinstance(shape, int) and not isinstance(shape, bool) else shape
+
+
 def _usable_shape(shape: str) -> str:
     try:
         sizes = parse_shape(shape)
@@ -55,7 +61,7 @@ def _usable_shape(shape: str) -> str:
 QuantizerName = Annotated[
     str, AfterValidator(_known_quantizer), WithJsonSchema({"type": "string", "enum": list(QUANTIZERS)})
 ]
-Shape = Annotated[str, AfterValidator(_usable_shape)]
+Shape = Annotated[str, BeforeValidator(_shape_of_one_level), AfterValidator(_usable_shape)]
 
 if TYPE_CHECKING:
     AnyEmbedderSettings = EmbedderSettings

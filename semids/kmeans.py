@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ from semids.errors import UsageError
 
 ROWS_PER_CODEWORD = 1024
 """Training rows a codeword: 256, FAISS's habit, costs 2 % of error; more than 1,024 gains under 0.5 %."""
+
+
+# What FAISS adds to its seed for every restart of its own.
+RESTART_SEED = 15_486_557
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,15 @@ def sample_rows(rows: int, size: int, *, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(rows, size, replace=False, shuffle=False))
 
 
-def fit_codebook(rows: Vectors, size: int, *, iterations: int, restarts: int, seed: int) -> CodebookFit:
+def fit_codebook(
+    rows: Vectors,
+    size: int,
+    *,
+    iterations: int,
+    restarts: int,
+    seed: int,
+    done: Callable[[int], None] = lambda steps: None,
+) -> CodebookFit:
     """Find `size` codewords that lie close to the rows (Lloyd 1982, as `faiss.Kmeans` runs it).
 
     Rows with at most `size` distinct values become the codebook themselves; the places left over repeat
@@ -48,6 +61,7 @@ def fit_codebook(rows: Vectors, size: int, *, iterations: int, restarts: int, se
         rows: (n, d) float32.
         iterations: Lloyd steps of each restart; 1 leaves codewords near random rows, beyond 50 gains little.
         restarts: independent starts of which the one with the lowest error is kept.
+        done: called with the number of Lloyd steps taken, of iterations × restarts in all.
 
     Raises:
         ShapeError: the rows are not 2-D, not floating point, or not finite.
@@ -59,18 +73,27 @@ def fit_codebook(rows: Vectors, size: int, *, iterations: int, restarts: int, se
         codebook = np.concatenate([distinct, np.repeat(distinct[:1], size - len(distinct), axis=0)])
         return CodebookFit(codebook, 0.0, len(distinct))
     faiss = _import_faiss()
-    kmeans = faiss.Kmeans(
-        rows.shape[1],
-        size,
-        niter=iterations,
-        nredo=restarts,
-        seed=seed,
-        # The caller has drawn the sample: FAISS must neither thin it nor warn that it is small.
-        max_points_per_centroid=len(rows),
-        min_points_per_centroid=1,
-    )
-    objective = kmeans.train(rows)
-    return CodebookFit(np.array(kmeans.centroids), float(objective) / len(rows), size)
+    least, codebook = np.inf, np.empty((0, rows.shape[1]), np.float32)
+    for restart in range(restarts):
+        centroids: NDArray[np.float32] | None = None
+        objective = np.inf
+        # One step a call, so that each can be told of; FAISS takes the same steps in one call.
+        for iteration in range(iterations):
+            kmeans = faiss.Kmeans(
+                rows.shape[1],
+                size,
+                niter=1,
+                seed=(seed + restart * RESTART_SEED) % (1 << 31),
+                # The caller has drawn the sample: FAISS must neither thin it nor warn that it is small.
+                max_points_per_centroid=len(rows),
+                min_points_per_centroid=1,
+            )
+            objective = float(kmeans.train(rows, init_centroids=centroids))
+            centroids = np.array(kmeans.centroids)
+            done(restart * iterations + iteration + 1)
+        if centroids is not None and (restart == 0 or objective < least):
+            least, codebook = objective, centroids
+    return CodebookFit(codebook, least / len(rows), size)
 
 
 def distinct_rows(rows: NDArray[np.float32], *, at_most: int) -> NDArray[np.float32] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semids.arrays import Codes, capacity_of, check_codes
+from semids.arrays import LARGEST_CODEBOOK, Codes, capacity_of, check_codes
 from semids.buckets import BucketFigures, BucketTally
 from semids.errors import CodesError, ShapeError
 
@@ -179,6 +179,12 @@ def _observed_sizes(chunks: Sequence[Codes]) -> list[int]:
             raise CodesError(f"expected chunks of codes of shape (n, {levels or 'L'}), got {chunk.shape}")
         if len(chunk):
             sizes = np.maximum(sizes, chunk.max(axis=0).astype(np.int64) + 1)
+    if sizes.max() > LARGEST_CODEBOOK:
+        level = int(sizes.argmax())
+        raise CodesError(
+            f"expected codes from 0 to {LARGEST_CODEBOOK - 1}, got {sizes[level] - 1} on level {level + 1}: "
+            "are these codes, or packed or hashed IDs?"
+        )
     return sizes.tolist()
 
 

@@ -6,7 +6,7 @@ A stage function decides nothing but what its stage depends on and which functio
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,27 +33,25 @@ Runner = Callable[[Stage], Ref]
 def make_stage(
     name: str,
     title: str,
-    make: Callable[..., dict[str, Any]],
-    arguments: tuple[Any, ...],
+    make: partial[dict[str, Any]],
     *,
     inputs: Mapping[str, Any],
     parameters: Mapping[str, Any],
-    reached: Sequence[Callable[..., Any]] = (),
     code: Mapping[str, Any] | None = None,
 ) -> Stage:
-    """Return the stage that calls `make(*arguments, output)`.
+    """Return the stage that calls `make(output)`.
 
     Args:
         inputs: references, of which the digest counts, or digests.
-        reached: code that `make` reaches through a family.
-        code: stands for the code where a changed line must not cost hours (a version).
+        code: what stands for the code; its digest by default. Given where `make` reaches code through a family, and
+            where a changed line must not cost hours (a version).
     """
     ingredients = {
         "inputs": {key: value.digest if isinstance(value, Ref) else value for key, value in inputs.items()},
         "parameters": dict(parameters),
-        "code": dict(code) if code is not None else code_digest(make, *reached),
+        "code": dict(code) if code is not None else code_digest(make.func),
     }
-    return Stage(name=name, title=title, ingredients=ingredients, build=partial(make, *arguments))
+    return Stage(name=name, title=title, ingredients=ingredients, build=make)
 
 
 # Catalogue to items
@@ -65,8 +63,7 @@ def scan_catalogue(config: CommonConfig) -> Stage:
     return make_stage(
         "items",
         "Read the catalogue",
-        scan_vectors if is_vectors(catalogue) else scan_texts,
-        (catalogue,),
+        partial(scan_vectors if is_vectors(catalogue) else scan_texts, catalogue),
         inputs={"catalogue": catalogue_digest(catalogue)},
         parameters=catalogue.model_dump(exclude={"path"}),
     )
@@ -105,8 +102,7 @@ def make_vectors(config: CommonConfig, items: Ref) -> Stage:
         return make_stage(
             "vectors",
             "Import the vectors",
-            _import_vectors,
-            (config.catalogue, items),
+            partial(_import_vectors, config.catalogue, items),
             inputs={"contents": contents_digest(items), "catalogue": catalogue_digest(config.catalogue)},
             parameters=config.catalogue.model_dump(include={"vector_column"}),
         )
@@ -114,8 +110,7 @@ def make_vectors(config: CommonConfig, items: Ref) -> Stage:
     return make_stage(
         "vectors",
         "Embed the texts",
-        _embed,
-        (config, items),
+        partial(_embed, config, items),
         inputs={"contents": contents_digest(items)},
         parameters=identity,
         code={"embedder version": identity["version"]},
@@ -163,8 +158,7 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
     return make_stage(
         f"train-{step.name}",
         step.title,
-        _train,
-        (config, items, vectors, step, dict(needed)),
+        partial(_train, config, items, vectors, step, dict(needed)),
         inputs={
             "contents": contents_digest(items),
             "training": training_digest(config, items),
@@ -172,7 +166,7 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
             **needed,
         },
         parameters={"quantizer": config.quantizer, "step": step.name, **step.parameters},
-        reached=method_code(type(config.make_quantizer()), step.run),
+        code=code_digest(_train, *method_code(type(config.make_quantizer()), step.run)),
     )
 
 
@@ -201,15 +195,14 @@ def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) ->
     return make_stage(
         "model",
         "Freeze the model",
-        _freeze,
-        (config, vectors, dict(steps)),
+        partial(_freeze, config, vectors, dict(steps)),
         inputs={"vectors": vectors, **steps},
         parameters={
             **config.model_dump(include={"shape", "mapping", "quantizer"}),
             "catalogue": config.catalogue.model_dump(exclude={"path"}),
             "vectors": vector_model(StageReader(vectors.path).manifest["ingredients"]),
         },
-        reached=method_code(type(quantizer), type(quantizer).assemble),
+        code=code_digest(_freeze, *method_code(type(quantizer), type(quantizer).assemble)),
     )
 
 
@@ -266,14 +259,13 @@ def encode_vectors(vectors: Ref, model: Ref) -> Stage:
     return make_stage(
         "codes",
         "Encode the vectors",
-        _encode,
-        (vectors, model),
+        partial(_encode, vectors, model),
         inputs={
             "vectors": vectors,
             "model": StageReader(model.path).manifest["files"]["tensors.safetensors"]["sha256"],
         },
         parameters={},
-        reached=method_code(quantizer, quantizer.freeze),
+        code=code_digest(_encode, *method_code(quantizer, quantizer.freeze)),
     )
 
 
@@ -314,8 +306,7 @@ def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Stage:
     return make_stage(
         "ids",
         "Write the semantic IDs",
-        _assign_ids,
-        (config.suffix, items, codes),
+        partial(_assign_ids, config.suffix, items, codes),
         inputs={"items": items, "codes": codes},
         parameters={"suffix": config.suffix},
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, format_shape
 from semids.config import QUANTIZERS, BuildConfig
 from semids.distortion import Distortion, NeighbourFigures, neighbour_figures
-from semids.fingerprints import method_code
+from semids.fingerprints import code_digest, method_code
 from semids.kmeans import sample_rows
 from semids.metrics import measure_ids
 from semids.page import render_markdown
 from semids.pipeline import make_stage, multiplicities, read_codes, read_quantizer
 from semids.plots import plot_report
+from semids.progress import Progress
 from semids.report import Report, SplitFigures
 from semids.semantic_ids import read_code_columns
 from semids.stages import MANIFEST, Ref, Stage, StageOutput, StageReader, library_versions, peak_rss_bytes, reference
@@ -33,11 +35,10 @@ def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, code
     return make_stage(
         "report",
         "Write the report",
-        _write_report,
-        (config, items, vectors, model, codes),
+        partial(_write_report, config, items, vectors, model, codes),
         inputs={"items": items, "vectors": vectors, "model": model, "codes": codes},
         parameters={"title": config.label, "seed": config.seed},
-        reached=method_code(quantizer, quantizer.freeze),
+        code=code_digest(_write_report, *method_code(quantizer, quantizer.freeze)),
     )
 
 
@@ -47,11 +48,16 @@ def _write_report(
     readers = [StageReader(ref.path) for ref in (items, vectors, *_training_steps(model), model, codes)]
     content_codes, sizes = read_codes(codes)
     counts = multiplicities(items)
-    relative_mse = _measure_distortion(vectors, codes, counts)
+    relative_mse = _measure_distortion(vectors, codes, counts, output.progress)
 
     def figures(name: str | None) -> SplitFigures:
         weights = counts[name] if name is not None else np.stack(list(counts.values())).sum(axis=0, dtype=np.uint32)
-        ids = measure_ids(_chunks(content_codes), _chunks(weights), sizes=sizes)
+        step = f"measure the IDs of split {name}" if name is not None else "measure all IDs"
+        ids = measure_ids(
+            _chunks(content_codes, lambda done: output.progress(step, done, len(content_codes), "contents")),
+            _chunks(weights),
+            sizes=sizes,
+        )
         return SplitFigures(ids, relative_mse[name].relative_mse, relative_mse[name].undefined_reason)
 
     report = Report(
@@ -101,13 +107,15 @@ def _training_steps(model: Ref) -> list[Ref]:
     return beside
 
 
-def _chunks(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+def _chunks(rows: NDArray[Any], told: Callable[[int], None] = lambda done: None) -> Iterator[NDArray[Any]]:
     for start in range(0, len(rows), MEASURED_ROWS):
-        yield rows[start : start + MEASURED_ROWS]
+        part = rows[start : start + MEASURED_ROWS]
+        yield part
+        told(start + len(part))
 
 
 def _measure_distortion(
-    vectors: Ref, codes: Ref, counts: Mapping[str, NDArray[np.uint32]]
+    vectors: Ref, codes: Ref, counts: Mapping[str, NDArray[np.uint32]], progress: Progress
 ) -> dict[str | None, Distortion]:
     """Return the distortion of each split, and of all of them together under None, weighted by items."""
     array = StageReader(vectors.path).array("vectors")
@@ -116,6 +124,7 @@ def _measure_distortion(
     for (start, rows), (_, row_errors) in zip(array.chunks(MEASURED_ROWS), errors.chunks(MEASURED_ROWS), strict=True):
         for name, split_counts in counts.items():
             measured[name].add(rows, row_errors, split_counts[start : start + len(rows)])
+        progress("measure distortion", start + len(rows), array.layout.rows, "contents")
     overall = Distortion(array.layout.columns, errors.layout.columns)
     for distortion in measured.values():
         overall.merge(distortion)

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype
 from semids.errors import ShapeError
 
+PRODUCT_BYTES = 1 << 30
+"""Largest products of codewords with those of other levels that are kept: enough for 8 levels of 3,000 codewords, or 2
+of 16,384. Beyond, encoding subtracts what was chosen before each level, which is slower."""
 CHUNK_ROWS = 2048
 """Rows scored at a time: their scores (rows × codewords of all levels) stay in the processor's cache."""
 
@@ -44,10 +47,10 @@ class ResidualCodebooks:
         # |r − c|² − p = |r|² + (|c|² − p) − 2·x·c + 2·Σ(c_before·c): one product of the vectors with all
         # codewords, and products among codewords that do not depend on the vectors. Scaling by −2 is exact.
         object.__setattr__(self, "_scores", np.ascontiguousarray(-2 * np.concatenate(self.codebooks).T))
+        pairs = [(before, level) for level in range(len(sizes)) for before in range(level)]
+        fits = sum(4 * sizes[before] * sizes[level] for before, level in pairs) <= PRODUCT_BYTES
         products = {
-            (before, level): 2 * self.codebooks[before] @ self.codebooks[level].T
-            for level in range(len(sizes))
-            for before in range(level)
+            (before, level): 2 * self.codebooks[before] @ self.codebooks[level].T for before, level in pairs if fits
         }
         object.__setattr__(self, "_products", products)
         biases = tuple(
@@ -80,9 +83,10 @@ class ResidualCodebooks:
     def assign(self, rows: Vectors) -> Codes:
         """Return the codes of rows that are known to be finite and of the right width; zero rows are fine."""
         codes = np.empty((len(rows), len(self.sizes)), dtype=code_dtype(self.sizes))
+        encode = self._encode_chunk if self._products or len(self.sizes) == 1 else self._encode_residuals
         for start in range(0, len(rows), CHUNK_ROWS):
             chunk = rows[start : start + CHUNK_ROWS].astype(np.float32, copy=False)
-            codes[start : start + CHUNK_ROWS] = self._encode_chunk(chunk)
+            codes[start : start + CHUNK_ROWS] = encode(chunk)
         return codes
 
     def _encode_chunk(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -96,6 +100,16 @@ class ResidualCodebooks:
             for before in range(level):
                 level_scores += self._products[before, level][codes[:, before]]
             codes[:, level] = level_scores.argmin(axis=1)
+        return codes
+
+    def _encode_residuals(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        residuals = vectors.copy()
+        codes = np.empty((len(vectors), len(self.sizes)), dtype=np.int64)
+        end = 0
+        for level, size in enumerate(self.sizes):
+            start, end = end, end + size
+            codes[:, level] = (residuals @ self._scores[:, start:end] + self._biases[level]).argmin(axis=1)
+            residuals -= self.codebooks[level][codes[:, level]]
         return codes
 
     def decode(self, codes: Codes, *, depth: int | None = None) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from semids.items import is_vectors
 from semids.readers import COMPRESSIONS, FORMATS
 from semids.report import Report
 from semids.reporting import read_report
-from semids.stages import Ref, StageReader, reference
+from semids.stages import MANIFEST, Ref, StageReader, reference
 from semids.store import TEMPORARY_PREFIX, commit_bytes
 
 RESULTS = "results"
@@ -95,6 +95,17 @@ def _leaves(values: dict[str, Any], place: str = "") -> dict[str, Any]:
     for name, value in values.items():
         leaves |= _leaves(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
     return leaves
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Return what is wrong with the results that a run folder shows, a line each."""
+    faults: list[str] = []
+    for link in sorted(path for path in (folder / RESULTS).glob("*/*/*") if path.is_symlink()):
+        target = link.resolve()
+        stage = target if link.name == "model" else target.parent
+        if not target.exists() or not (stage / MANIFEST).exists():
+            faults.append(f"{link} leads to {target}, which is missing or unfinished; run again to rebuild it")
+    return faults
 
 
 def published_reports(folder: Path) -> list[Report]:

@@ -16,9 +16,6 @@ from semids.store import commit
 
 T = TypeVar("T")
 
-SAMPLE_TEMPLATE = "{title}\nBrand: {brand}\n{description}"
-"""The template that the sample is meant to be read with."""
-
 # Of 3,000 items 2,820 texts remain, so that the 4,096 IDs of 16x16x16 are 1.45 times the distinct contents.
 DUPLICATE_PERCENT = 6
 NEAR_DUPLICATE_PERCENT = 12

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, check_codes, pack_codes
-from semids.errors import UsageError
+from semids.errors import CodesError, UsageError
 
 BATCH_ROWS = 1 << 16
 LETTERS = string.ascii_lowercase
@@ -133,5 +133,10 @@ def read_code_columns(path: Path, sizes: Sequence[int] | None) -> Codes:
     wrong = [name for name in names if not frame.schema[name].is_integer() or frame[name].null_count()]
     if wrong:
         raise UsageError(f"{path}: expected integer codes without nulls, got others in {', '.join(wrong)}")
-    codes = frame.select(names).to_numpy()
+    try:
+        # numpy would make floats of signed and unsigned 64 bits together.
+        mixed = pl.UInt64 in frame.schema.values()
+        codes = frame.select(pl.col(names).cast(pl.Int64) if mixed else pl.col(names)).to_numpy()
+    except pl.exceptions.InvalidOperationError as error:
+        raise CodesError(f"{path}: expected codes, got numbers of 63 bits and more") from error
     return check_codes(codes, sizes if sizes is not None else [int(codes.max(initial=0)) + 1] * len(names))

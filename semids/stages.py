@@ -17,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from semids.errors import CorruptionError
+from semids.errors import CorruptionError, StorageError
 from semids.progress import Progress, silent
 from semids.shards import COMPUTED, ShardedArray, ShardLayout, shard_name, write_shards
 from semids.store import (
@@ -241,38 +241,55 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     return manifest
 
 
-def verify_stages(folder: Path) -> tuple[int, list[str]]:
-    """Check every committed file under a run folder.
+@dataclass
+class Verification:
+    """What a look at every committed file found.
 
-    Returns:
-        The number of files checked, and what is wrong, one line a fault; empty if nothing.
+    Args:
+        checked: number of files.
+        faults: what is wrong, a line each.
+        unfinished: folders of stages without a manifest: interrupted, or under way.
     """
-    checked = 0
-    faults: list[str] = []
+
+    checked: int = 0
+    faults: list[str] = field(default_factory=list[str])
+    unfinished: list[Path] = field(default_factory=list[Path])
+
+
+def verify_stages(folder: Path) -> Verification:
+    """Check every committed file of the stages under a run folder."""
+    found = Verification()
     for target in sorted(path for path in (folder / "stages").iterdir() if not path.name.startswith(".")):
-        sidecars = {path.name for path in target.glob("*-[0-9]*.json")}
-        named = sidecars | {path.with_suffix(".npy").name for path in map(Path, sidecars)}
-        records: dict[str, FileRecord] = {}
+        _verify_stage(target, found)
+    return found
+
+
+def _verify_stage(target: Path, found: Verification) -> None:
+    sidecars = {path.name for path in target.glob("*-[0-9]*.json")}
+    records: dict[str, FileRecord] = {}
+    try:
+        manifest = _read_manifest(target)
+        if manifest is None:
+            found.unfinished.append(target)
+        else:
+            found.checked += 1
+            if target.name != f"{manifest['stage']}-{manifest['fingerprint'][:16]}":
+                found.faults.append(_stranger(target))
+            records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    except CorruptionError as error:
+        found.faults.append(str(error))
+    # Sidecars first: without a manifest they say what the shards were.
+    for name in [*sorted(sidecars), *sorted({str(Path(name).with_suffix(".npy")) for name in sidecars} | {*records})]:
         try:
-            checked += 1
-            manifest = _read_manifest(target)
-            if manifest is not None:
-                if target.name != f"{manifest['stage']}-{manifest['fingerprint'][:16]}":
-                    faults.append(_stranger(target))
-                records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
-        except CorruptionError as error:
-            faults.append(str(error))
-        for name in sorted(named | records.keys()):
-            checked += 1
-            try:
-                if name in sidecars:
-                    body = read_sealed_json(target / name)
-                    records.setdefault(str(Path(name).with_suffix(".npy")), FileRecord(body["bytes"], body["sha256"]))
-                elif name in records:
-                    check_file(target / name, records[name])
-            except CorruptionError as error:
-                faults.append(str(error))
-    return checked, faults
+            if name in sidecars:
+                found.checked += 1
+                body = read_sealed_json(target / name)
+                records.setdefault(str(Path(name).with_suffix(".npy")), FileRecord(body["bytes"], body["sha256"]))
+            elif name in records:
+                found.checked += 1
+                check_file(target / name, records[name])
+        except (CorruptionError, StorageError) as error:
+            found.faults.append(str(error))
 
 
 def peak_rss_bytes() -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from semids.errors import BusyError, CorruptionError, StorageError
+from semids.errors import BusyError, CorruptionError, StorageError, UsageError
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -183,6 +183,7 @@ def run_lock(folder: Path) -> Generator[None]:
 
     Raises:
         BusyError: another process owns the folder. Names it.
+        UsageError: a file lies where the folder should.
     """
     folder = folder.resolve()
     with _held_locks_guard:
@@ -190,6 +191,8 @@ def run_lock(folder: Path) -> Generator[None]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 _held_locks[folder] = _HeldLock(_take_lock(folder), holders=0)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise UsageError(f"expected a folder to work in, got {folder}: a file lies there") from error
             except OSError as error:
                 raise _storage_error("lock", folder, error) from error
         _held_locks[folder].holders += 1

@@ -270,16 +270,18 @@ def test_a_full_disk_ends_with_74_and_names_the_path_and_a_re_run_succeeds(
     assert name in said
     assert not list((tmp_path / "run").rglob(".tmp-*"))
     assert main(arguments) == 0
-    assert verify_stages(tmp_path / "run")[1] == []
+    assert verify_stages(tmp_path / "run").faults == []
 
 
-def test_a_run_folder_that_cannot_be_made_ends_with_74(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_where_the_run_folder_should_be_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     np.save(tmp_path / "vectors.npy", vectors())
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         arguments = ["tokenize", str(tmp_path / "vectors.npy"), "--shape", "8x4", "--out", str(out)]
-        assert main(arguments) == STORAGE
-        assert f"cannot lock {out}" in capsys.readouterr().err
+        assert main(arguments) == USAGE
+        assert f"expected a folder to work in, got {out}: a file lies there" in capsys.readouterr().err
 
 
 WATCHED = """

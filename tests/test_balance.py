@@ -50,6 +50,25 @@ def test_newton_and_sinkhorn_steps_reach_the_same_potentials(monkeypatch: pytest
     assert np.abs(newton.values - sinkhorn.values).max() < 1e-4
 
 
+@pytest.mark.parametrize("coarse_rows", [8, 32])
+def test_where_annealing_looks_at_a_part_of_the_rows_all_of_them_decide(
+    coarse_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = make_costs(rows=4000)
+    whole = fit_potentials(costs, epsilon=0.01, max_iterations=60)
+    monkeypatch.setattr(balance, "COARSE_ROWS_PER_CODEWORD", coarse_rows)
+    part = fit_potentials(costs, epsilon=0.01, max_iterations=60)
+    assert whole.converged
+    assert part.converged
+    assert np.abs(whole.values - part.values).max() < 2e-5  # seen: 5e-6
+
+
+def test_the_standard_deviation_is_that_of_all_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = (1e3 + make_costs(rows=1000)).astype(np.float32)
+    monkeypatch.setattr(balance, "BLOCK_ENTRIES", 100)
+    assert balance.standard_deviation(costs) == pytest.approx(float(costs.std(dtype=np.float64)), rel=1e-5)
+
+
 def test_an_iteration_limit_that_is_too_low_is_reported() -> None:
     assert not fit_potentials(make_costs(), epsilon=1e-4, max_iterations=1).converged
 

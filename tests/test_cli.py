@@ -59,6 +59,8 @@ def test_committed_configurations_read_and_write_back() -> None:
         ("catalogue: {path: x.npy}\nseed: -1", "seed: Input should be greater than or equal to 0"),
         ("catalogue: {path: x.npy}\noptions: {residual_kmeans: {restarts: 0}}", r"options\.residual_kmeans\.restarts"),
         ("shape: 4x4", "catalogue: Field required"),
+        ("catalogue: {path: x.npy}\n7: seven", "7: Keys should be strings"),
+        ("catalogue: {path: x.npy}\nshape: true", "shape: Input should be a valid string"),
         ("- a list", "expected keys and values, got list"),
         ("a: b: c", "is not YAML"),
     ],
@@ -67,6 +69,11 @@ def test_a_wrong_configuration_is_refused_with_its_field(yaml: str, message: str
     (tmp_path / "config.yaml").write_text(yaml)
     with pytest.raises(UsageError, match=message):
         read_config(tmp_path / "config.yaml", BuildConfig)
+
+
+def test_a_shape_of_one_level_needs_no_quotes(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("catalogue: {path: x.npy}\nshapes: [256, 4x4]\n")
+    assert read_config(tmp_path / "config.yaml", SweepConfig).shapes == ["256", "4x4"]
 
 
 def test_vectors_become_ids_a_report_and_a_model(
@@ -109,7 +116,7 @@ def test_a_configuration_file_gives_what_the_options_give(vectors_file: Path, tm
 def test_usage_errors_end_with_64_and_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, message in (
         ([], "see semids --help"),
-        (["tokenize"], "catalogue: Field required"),
+        (["tokenize"], "command line: expected a catalogue: give INPUT"),
         (["tokenize", "x.npy", "--set", "seed"], "expected --set KEY=VALUE"),
         (["tokenize", str(tmp_path / "absent.npy")], "absent.npy"),
         (["verify", str(tmp_path)], "is not a run folder"),

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from semids.errors import ShapeError
 from semids.progress import silent
+from semids.quantizers import residual_kmeans
 from semids.quantizers.base import FrozenQuantizer, Quantizer, TrainingData, quantizer_types
 from semids.shards import ShardedArray, ShardLayout
 
@@ -46,6 +47,15 @@ def trained(request: pytest.FixtureRequest, vectors: np.ndarray, tmp_path_factor
 @pytest.fixture(scope="module")
 def frozen(trained: Any) -> FrozenQuantizer:
     return trained[0].freeze(trained[3])
+
+
+def test_a_training_sample_is_bounded_in_bytes(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residual_kmeans, "SAMPLE_BYTES", 300 * 24 * 4)
+    array = InMemory(vectors, tmp_path)
+    _, evidence = train(residual_kmeans.ResidualKMeans, "uniform", array, np.arange(len(vectors)))
+    assert [step["rows"] for step in evidence] == 6 * [300]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from semids.cli import main
-from semids.runs import published_reports
+from semids.results import published_reports
 from semids.stages import StageReader
 
 pytestmark = pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semids import residual
 from semids.errors import CodesError, ShapeError
 from semids.kmeans import distinct_rows, fit_codebook, sample_rows
 from semids.residual import ResidualCodebooks
@@ -19,18 +20,22 @@ def make_codebooks(sizes: tuple[int, ...], dimensions: int, *, seed: int = 0, sp
 
 
 def codes_by_brute_force(vectors: np.ndarray, books: ResidualCodebooks) -> np.ndarray:
-    residual = vectors.astype(np.float64)
+    left = vectors.astype(np.float64)
     codes = []
     for codebook, potential in zip(books.codebooks, books.potentials, strict=True):
-        costs = ((residual[:, None] - codebook[None].astype(np.float64)) ** 2).sum(axis=2) - potential
+        costs = ((left[:, None] - codebook[None].astype(np.float64)) ** 2).sum(axis=2) - potential
         codes.append(costs.argmin(axis=1))
-        residual = residual - codebook[codes[-1]]
+        left = left - codebook[codes[-1]]
     return np.column_stack(codes)
 
 
+@pytest.mark.parametrize("product_bytes", [residual.PRODUCT_BYTES, 0])
 @pytest.mark.parametrize("spread", [0.0, 0.5])
-@pytest.mark.parametrize("sizes", [(16, 16, 16), (3, 50, 7), (300, 2)])
-def test_codes_equal_those_of_brute_force(sizes: tuple[int, ...], spread: float, vectors: np.ndarray) -> None:
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (3, 50, 7), (300, 2), (40,)])
+def test_codes_equal_those_of_brute_force(
+    sizes: tuple[int, ...], spread: float, product_bytes: int, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residual, "PRODUCT_BYTES", product_bytes)
     books = make_codebooks(sizes, 24, spread=spread)
     assert np.array_equal(books.encode(vectors[:400]), codes_by_brute_force(vectors[:400], books))
 
@@ -101,6 +106,16 @@ def test_fewer_distinct_rows_than_codewords_become_the_codebook(distinct: int) -
     assert fit.mean_squared_error == 0
     assert fit.codebook.shape == (32, 4)
     assert distinct_rows(fit.codebook, at_most=32).shape == (distinct, 4)
+
+
+def test_codebooks_are_those_of_faiss_and_every_step_is_told(vectors: np.ndarray) -> None:
+    told: list[int] = []
+    fit = fit_codebook(vectors, 48, iterations=7, restarts=3, seed=11, done=told.append)
+    kmeans = faiss.Kmeans(24, 48, niter=7, nredo=3, seed=11, max_points_per_centroid=2000, min_points_per_centroid=1)
+    objective = kmeans.train(vectors)
+    assert np.array_equal(fit.codebook, kmeans.centroids)
+    assert fit.mean_squared_error == pytest.approx(objective / len(vectors))
+    assert told == list(range(1, 22))
 
 
 def test_more_restarts_never_fit_worse(vectors: np.ndarray) -> None:

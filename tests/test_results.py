@@ -101,3 +101,22 @@ def test_a_run_may_lie_in_a_folder_of_any_name(place: str, tmp_path: Path) -> No
     assert main(["report", str(folder / "run")]) == 0
     assert main(["report", str(published(folder / "run") / "semantic_ids.parquet")]) == 0
     assert main(["verify", str(folder / "run")]) == 0
+
+
+def test_verify_tells_of_unfinished_stages_and_of_results_that_lead_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.save(tmp_path / "vectors.npy", clustered_vectors(200, 8))
+    run = tmp_path / "run"
+    arguments = ["tokenize", str(tmp_path / "vectors.npy"), "--shape", "4x4", "--out", str(run)]
+    assert main(arguments) == 0
+    (vectors,) = run.glob("stages/vectors-*")
+    (vectors / "manifest.json").unlink()
+    assert main(["verify", str(run)]) == 0
+    assert f"{vectors} is unfinished" in capsys.readouterr().err
+    (ids,) = run.glob("stages/ids-*")
+    shutil.rmtree(ids)
+    assert main(["verify", str(run)]) == 65
+    assert f"tokens.json leads to {ids / 'tokens.json'}, which is missing" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert main(["verify", str(run)]) == 0

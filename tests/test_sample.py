@@ -8,7 +8,7 @@ import pytest
 from semids.errors import UsageError
 from semids.items import CatalogueSettings, scan_texts
 from semids.progress import silent
-from semids.sample import SAMPLE_TEMPLATE, write_sample_catalogue
+from semids.sample import write_sample_catalogue
 from semids.stages import StageOutput
 
 
@@ -38,7 +38,7 @@ def test_another_seed_gives_another_catalogue(sample, tmp_path):
 def test_4096_ids_are_between_1_4_and_1_5_times_the_distinct_texts(sample, tmp_path):
     settings = CatalogueSettings(
         path=str(sample),
-        template=SAMPLE_TEMPLATE,
+        template="{title}\nBrand: {brand}\n{description}",
         split_column="split",
         brand_column="brand",
         category_column="category",

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semids.cli import main
 from semids.errors import CodesError, UsageError
 from semids.semantic_ids import (
     number_equal_ids,
@@ -103,4 +104,21 @@ def test_code_columns_are_read_back_and_checked(tmp_path: Path) -> None:
             read_code_columns(path, None)
     path.write_text("no Parquet")
     with pytest.raises(UsageError, match="as Parquet"):
+        read_code_columns(path, None)
+
+
+def test_numbers_that_are_no_codes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "codes.parquet"
+    for values, message in (
+        ([0, 10**13], "got 10000000000000 on level 2: are these codes, or packed or hashed IDs?"),
+        ([0, -1], "got -1 to -1"),
+    ):
+        pl.DataFrame({"c0": [values[0]], "c1": [values[1]]}).write_parquet(path)
+        assert main(["report", str(path)]) == 65
+        assert message in capsys.readouterr().err
+    signed_and_unsigned = {"c0": pl.Series([1, 2], dtype=pl.Int64), "c1": pl.Series([3, 1], dtype=pl.UInt64)}
+    pl.DataFrame(signed_and_unsigned).write_parquet(path)
+    assert read_code_columns(path, (4, 4)).tolist() == [[1, 3], [2, 1]]
+    pl.DataFrame(signed_and_unsigned | {"c1": pl.Series([0, 1 << 63], dtype=pl.UInt64)}).write_parquet(path)
+    with pytest.raises(CodesError, match="expected codes, got numbers of 63 bits and more"):
         read_code_columns(path, None)

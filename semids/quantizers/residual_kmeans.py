@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from semids.balance import Potentials, fit_potentials
+from semids.balance import Potentials, fit_potentials, standard_deviation
 from semids.kmeans import ROWS_PER_CODEWORD, fit_codebook, sample_rows
 from semids.progress import Progress
 from semids.quantizers.base import (
@@ -30,6 +30,8 @@ above the nearest mapping, 12 leave 0.7 %."""
 RELATIVE_EPSILON = 0.01
 """Smoothing of the uniform mapping over the standard deviation of its costs."""
 MAX_ITERATIONS = 60
+SAMPLE_BYTES = 4 << 30
+"""Largest training sample: 1,024 rows a codeword for up to 1,024 codewords of 1,024 dimensions, or 256 of 4,096."""
 COST_BYTES = 1 << 30
 """Largest cost matrix that potentials are fitted on; it bounds their sample at large codebooks."""
 
@@ -89,12 +91,12 @@ class ResidualKMeans(Quantizer):
     ) -> NDArray[np.float32]:
         """Return what the levels before the step's own leave of a sample of the training rows."""
         kind, level = step.name.split("-")
-        sample = sample_rows(len(data.rows), ROWS_PER_CODEWORD * step.parameters["size"], seed=self.seed)
-        residuals = data.vectors.take(data.rows[sample]).astype(np.float32, copy=False)
-        if int(level) > 1:
-            before = _codebooks([needed[f"{kind}-{number}"] for number in range(1, int(level))])
-            residuals = before.residuals(residuals)
-        return residuals
+        most = SAMPLE_BYTES // (np.dtype(np.float32).itemsize * data.vectors.layout.columns)
+        sample = sample_rows(len(data.rows), min(ROWS_PER_CODEWORD * step.parameters["size"], most), seed=self.seed)
+        rows = data.vectors.take(data.rows[sample])
+        if int(level) == 1:
+            return rows.astype(np.float32, copy=False)
+        return _codebooks([needed[f"{kind}-{number}"] for number in range(1, int(level))]).residuals(rows)
 
     def _balance_codebook(
         self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
@@ -112,12 +114,14 @@ class ResidualKMeans(Quantizer):
     ) -> StepOutcome:
         residuals = self._sample_residuals(step, data, needed)
         size = step.parameters["size"]
+        steps = self.settings.iterations * self.settings.restarts
         fit = fit_codebook(
             residuals,
             size,
             iterations=self.settings.iterations,
             restarts=self.settings.restarts,
             seed=self.seed,
+            done=lambda taken: progress(step.title, taken, steps, "Lloyd steps"),
         )
         evidence = {
             "rows": len(residuals),
@@ -181,7 +185,7 @@ def _fit_uniform(
     costs = residuals @ (-2 * codebook.T)
     costs += np.einsum("kd,kd->k", codebook, codebook)
     costs += np.einsum("nd,nd->n", residuals, residuals)[:, None]
-    spread = float(costs.std(dtype=np.float64))
+    spread = standard_deviation(costs)
     # Constant costs (every residual zero) leave nothing to balance; any smoothing gives zero potentials.
     epsilon = RELATIVE_EPSILON * spread or 1.0
     return fit_potentials(costs, epsilon=epsilon, max_iterations=MAX_ITERATIONS, start=start)
