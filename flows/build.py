@@ -25,7 +25,7 @@ def build(config: BuildConfig) -> CellOutcome:
         items = scan_catalogue(config)
         vectors = make_vectors(config, items)
         model = train_quantizer(config, items, vectors)
-        codes = encode_vectors(config, vectors, model)
+        codes = encode_vectors(config, items, vectors, model)
         ids = assign_ids(config, items, codes)
         report = write_report(config, items, vectors, model, codes)
         outcome = CellOutcome(label=config.label, model=model, ids=ids, report=report)

@@ -23,7 +23,7 @@ CELLS_AT_A_TIME = 2
 def cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
     """Train, encode and report one configuration of a sweep, on the vectors that all cells share."""
     model = train_quantizer(config, items, vectors)
-    codes = encode_vectors(config, vectors, model)
+    codes = encode_vectors(config, items, vectors, model)
     ids = assign_ids(config, items, codes)
     report = write_report(config, items, vectors, model, codes)
     return CellOutcome(label=config.label, model=model, ids=ids, report=report)

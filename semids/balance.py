@@ -1,10 +1,11 @@
-"""Potentials: one number a codeword that makes every codeword of a level equally used."""
+"""Potentials: one number a codeword that makes its load equal to all others', or keeps it within bounds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +32,39 @@ BLOCK_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)
+class Shares:
+    """The least and the most of all rows that a codeword may have: equal numbers ask for just that share."""
+
+    least: float
+    most: float
+
+    def targets(self, values: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the (K,) shares that the optimum has: a bound where a potential presses, else what is within them."""
+        pressed = np.where(values < 0, self.most, self.least)
+        return np.where(values == 0, np.clip(shares, self.least, self.most), pressed)
+
+    def clip(
+        self, values: NDArray[np.float64], moved: NDArray[np.float64], shares: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return moved potentials of which none presses to the side whose bound is slack."""
+        if self.least == self.most:
+            return moved - moved.mean()  # A common constant changes nothing but would grow.
+        below = (values < 0) | ((values == 0) & (shares > self.most))
+        above = (values > 0) | ((values == 0) & (shares < self.least))
+        return np.where(below, np.minimum(moved, 0), np.where(above, np.maximum(moved, 0), 0))
+
+
+@dataclass(frozen=True)
 class Potentials:
-    """The dual solution of uniform transport, and the evidence of how good it is.
+    """The dual solution of bounded transport, and the evidence of how good it is.
 
     Args:
-        values: (K,) float32, in the units of the costs, of mean zero. Code = argmin(cost − value).
+        values: (K,) float32, in the units of the costs. Code = argmin(cost − value). Of mean zero where all loads are
+            to be equal; else negative where the upper bound presses, positive where the lower does, mostly zero.
         epsilon: the smoothing they were found at, in the units of the costs.
         iterations: passes over the costs, all annealing steps together.
-        marginal_error: Σ_k |share of codeword k under the smoothed plan − 1/K|; the rows' marginals are exact.
+        marginal_error: Σ_k |share of codeword k under the smoothed plan − its target|, the target being the bound that
+            presses, or the share itself within the bounds; the rows' marginals are exact.
         converged: marginal_error ≤ 1e-4.
         load_min: hard-assigned rows of the least used codeword over n/K; 1 is balance.
         load_max: the same of the most used.
@@ -59,14 +85,16 @@ def fit_potentials(
     epsilon: float,
     max_iterations: int,
     start: NDArray[np.float32] | None = None,
+    bounds: Shares | None = None,
 ) -> Potentials:
-    """Find per-codeword potentials that make every codeword equally used.
+    """Find per-codeword potentials that make every codeword equally used, or keep its share within bounds.
 
-    Solves entropic optimal transport with uniform marginals in log space (Cuturi 2013, eq. 2; ε-annealing as in
-    Peyré and Cuturi 2019, section 4.1), keeping only the K column potentials: the row potentials are a soft
-    minimum that is recomputed. The dual is concave in them; it is climbed by Newton steps with Levenberg's damping
-    (curvature as in Brauer et al. 2017, eq. 9), or by relaxed Sinkhorn steps where K is large. Subtract the
-    values from any later costs to assign new rows without solving again.
+    Solves entropic optimal transport with fixed or bounded column marginals in log space (Cuturi 2013, eq. 2;
+    ε-annealing as in Peyré and Cuturi 2019, section 4.1; bounds by clipping as for the unbalanced problem of Chizat
+    et al. 2018, table 1), keeping only the K column potentials: the row potentials are a soft minimum that is
+    recomputed. The dual is concave in them; it is climbed by Newton steps with Levenberg's damping (curvature as in
+    Brauer et al. 2017, eq. 9) on the potentials that are free to move, or by relaxed Sinkhorn steps where K is large.
+    Subtract the values from any later costs to assign new rows without solving again.
 
     Args:
         costs: (n, K) float16, float32 or float64 squared distances, in squared units of the vectors.
@@ -76,6 +104,7 @@ def fit_potentials(
             costs, O(nK²) and O(K²) where Newton steps are taken.
         start: (K,) potentials to begin from, for costs close to those they were fitted on; annealing then
             begins nearer to epsilon. None begins from zeros.
+        bounds: None asks for 1/K of the rows for every codeword.
 
     Raises:
         ShapeError: costs is not 2-D, has fewer rows than 1 or fewer columns than 2, or holds a non-finite entry.
@@ -86,7 +115,8 @@ def fit_potentials(
         raise ShapeError("expected finite costs, got NaN or infinite entries")
     costs = costs.astype(np.float32, copy=False)
     values = np.zeros(costs.shape[1]) if start is None else start.astype(np.float64)
-    climb = _climb_by_newton if costs.shape[1] <= NEWTON_CODEWORDS else _climb_by_sinkhorn
+    bounds = bounds or Shares(1 / costs.shape[1], 1 / costs.shape[1])
+    climb = partial(_climb_by_newton if costs.shape[1] <= NEWTON_CODEWORDS else _climb_by_sinkhorn, bounds)
     spread = standard_deviation(costs)
     coarse = costs[:: max(1, len(costs) // (COARSE_ROWS_PER_CODEWORD * costs.shape[1]))]
     smoothing = max((0.3 if start is None else 0.02) * spread, epsilon)
@@ -99,7 +129,7 @@ def fit_potentials(
         values, steps, _ = climb(coarse, values, epsilon, COARSE_TOLERANCE, max_iterations)
         iterations += steps
     values, steps, marginal_error = climb(costs, values, epsilon, TOLERANCE, max_iterations)
-    frozen = (values - values.mean()).astype(np.float32)
+    frozen = values.astype(np.float32)
     load_min, load_max = _hard_loads(costs, frozen)
     converged = marginal_error <= TOLERANCE
     return Potentials(frozen, epsilon, iterations + steps, marginal_error, converged, load_min, load_max)
@@ -113,43 +143,58 @@ def standard_deviation(costs: NDArray[np.float32]) -> float:
 
 
 def _climb_by_newton(
-    costs: NDArray[np.float32], values: NDArray[np.float64], epsilon: float, tolerance: float, max_iterations: int
+    bounds: Shares,
+    costs: NDArray[np.float32],
+    values: NDArray[np.float64],
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
 ) -> tuple[NDArray[np.float64], int, float]:
     """Return better potentials, the passes over the costs that they took, and their marginal error."""
     codewords = costs.shape[1]
     damping = 1e-3
-    here = _dual(costs, values, epsilon, curvature=True)
+    here = _dual(costs, values, epsilon, bounds, curvature=True)
     for passes in range(1, max_iterations + 1):
         if here.marginal_error <= tolerance:
             return values, passes, here.marginal_error
         assert here.overlaps is not None
-        curvature = np.diag(here.shares + damping / codewords) - here.overlaps
-        step = np.linalg.solve(curvature, epsilon * (1 / codewords - here.shares))
-        there = _dual(costs, values + step, epsilon, curvature=True)
+        slope = bounds.targets(values, here.shares) - here.shares
+        # What is slack and within its bounds stays where it is: at zero.
+        free = np.flatnonzero((values != 0) | (slope != 0))
+        curvature = np.diag(here.shares[free] + damping / codewords) - here.overlaps[np.ix_(free, free)]
+        moved = values.copy()
+        moved[free] += np.linalg.solve(curvature, epsilon * slope[free])
+        moved = bounds.clip(values, moved, here.shares)
+        there = _dual(costs, moved, epsilon, bounds, curvature=True)
         # Near the top the objective moves less than float32 logits resolve; the error still tells.
         if there.objective > here.objective or there.marginal_error < 0.9 * here.marginal_error:
-            # A common constant changes nothing but would grow.
-            values, here, damping = values + step - step.mean(), there, max(damping / 4, 1e-9)
+            values, here, damping = moved, there, max(damping / 4, 1e-9)
         else:
             damping *= 8
     return values, max_iterations, here.marginal_error
 
 
 def _climb_by_sinkhorn(
-    costs: NDArray[np.float32], values: NDArray[np.float64], epsilon: float, tolerance: float, max_iterations: int
+    bounds: Shares,
+    costs: NDArray[np.float32],
+    values: NDArray[np.float64],
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
 ) -> tuple[NDArray[np.float64], int, float]:
     """As `_climb_by_newton`, in more and cheaper steps."""
-    codewords = costs.shape[1]
     error = np.inf
     passes = 0
     while passes < SINKHORN_STEPS_PER_NEWTON_STEP * max_iterations:
-        here = _dual(costs, values, epsilon, curvature=False)
+        here = _dual(costs, values, epsilon, bounds, curvature=False)
         passes, error = passes + 1, here.marginal_error
         if error <= tolerance:
             break
         # A codeword that no row reaches has share 0; the floor lets it come closer a bounded step at a time.
-        shares = np.maximum(here.shares, np.finfo(np.float32).tiny)
-        values = values - RELAXATION * epsilon * np.log(shares * codewords)
+        tiny = float(np.finfo(np.float32).tiny)
+        targets = np.maximum(bounds.targets(values, here.shares), tiny)
+        moved = values - RELAXATION * epsilon * np.log(np.maximum(here.shares, tiny) / targets)
+        values = bounds.clip(values, moved, here.shares)
     return values, passes, error
 
 
@@ -160,13 +205,12 @@ class _Dual:
     objective: float
     shares: NDArray[np.float64]
     overlaps: NDArray[np.float64] | None
-
-    @property
-    def marginal_error(self) -> float:
-        return float(np.abs(self.shares - 1 / len(self.shares)).sum())
+    marginal_error: float
 
 
-def _dual(costs: NDArray[np.float32], values: NDArray[np.float64], epsilon: float, *, curvature: bool) -> _Dual:
+def _dual(
+    costs: NDArray[np.float32], values: NDArray[np.float64], epsilon: float, bounds: Shares, *, curvature: bool
+) -> _Dual:
     codewords = costs.shape[1]
     # float64 sums: a share is compared with 1/K to four digits.
     shares = np.zeros(codewords)
@@ -186,8 +230,10 @@ def _dual(costs: NDArray[np.float32], values: NDArray[np.float64], epsilon: floa
         if overlaps is not None:
             overlaps += plan.T @ plan
     rows = len(costs)
-    objective = epsilon * soft_minima / rows + float(values.mean())
-    return _Dual(objective, shares / rows, None if overlaps is None else overlaps / rows)
+    shares /= rows
+    pressure = float((np.where(values < 0, bounds.most, bounds.least) * values).sum())
+    error = float(np.abs(shares - bounds.targets(values, shares)).sum())
+    return _Dual(epsilon * soft_minima / rows + pressure, shares, None if overlaps is None else overlaps / rows, error)
 
 
 def _hard_loads(costs: NDArray[np.float32], values: NDArray[np.float32]) -> tuple[float, float]:

@@ -42,7 +42,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
 }
 SHAPE_OPTIONS: dict[str, tuple[str, str]] = {
     "--shape": ("shape", "codebook sizes, first level first, as 256x256x256"),
-    "--mapping": ("mapping", "nearest or uniform"),
+    "--mapping": ("mapping", "nearest, uniform or capacity"),
     "--quantizer": ("quantizer", "how codebooks are made"),
 }
 

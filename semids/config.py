@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -19,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from semids.arrays import format_shape, parse_shape
+from semids.arrays import capacity_of, format_shape, parse_shape
+from semids.capacity import Bounds, resolve_bounds
 from semids.catalogue import CatalogueSettings
 from semids.embedders.base import Embedder, EmbedderSettings, embedder_types
 from semids.errors import UsageError
@@ -30,6 +31,7 @@ from semids.settings import Settings
 QUANTIZERS = quantizer_types()
 EMBEDDERS = embedder_types()
 
+LARGEST_PREFIXES = 1 << 63
 MOST_LEVELS = len(LETTERS) - 1
 SIX_SHAPES = tuple(format_shape([size] * levels) for levels in (3, 4) for size in (128, 256, 512))
 
@@ -90,6 +92,12 @@ class CommonConfig(Settings):
     """How each quantizer trains."""
     suffix: bool = False
     """Add a last token that makes every item's ID unique (TIGER's way of resolving collisions)."""
+    max_contents_per_id: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
+    """Distinct contents that may share an ID under the mapping capacity: 1 allows no collision, empty sets no limit,
+    and auto takes the least that the numbers of contents and of IDs allow."""
+    min_contents_per_id: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Distinct contents that every ID must have under the mapping capacity: auto takes 1 where there are enough of
+    them, else 0."""
     seed: int = Field(0, ge=0, lt=1 << 31)
     """Decides samples and starts: the same seed gives the same IDs."""
     out: str = "runs"
@@ -113,7 +121,8 @@ class BuildConfig(CommonConfig):
     shape: Shape = "256x256x256"
     """Codebook sizes, first level first, joined by x."""
     mapping: MappingName = "nearest"
-    """nearest: least error. uniform: every codeword of a level equally used."""
+    """nearest: least error. uniform: every codeword of a level equally used. capacity: no ID has more contents than the
+    bounds allow, so that collisions are as few as can be."""
     quantizer: QuantizerName = "residual_kmeans"
     """How codebooks are made."""
 
@@ -122,6 +131,8 @@ class BuildConfig(CommonConfig):
         mappings = QUANTIZERS[self.quantizer].mappings
         if self.mapping not in mappings:
             raise ValueError(f"{self.quantizer} offers the mappings {', '.join(mappings)}, got {self.mapping!r}")
+        if self.mapping == "capacity" and capacity_of(self.sizes[:-1]) >= LARGEST_PREFIXES:
+            raise ValueError(f"the mapping capacity numbers prefixes with 63 bits: too many levels in {self.shape}")
         return self
 
     @property
@@ -132,16 +143,34 @@ class BuildConfig(CommonConfig):
     @property
     def label(self) -> str:
         """The configuration in a name of letters, digits and dashes."""
+        bounds = ""
+        if self.mapping == "capacity" and self.max_contents_per_id != "auto":
+            bounds += f"-max{self.max_contents_per_id or 'none'}"
+        if self.mapping == "capacity" and self.min_contents_per_id != "auto":
+            bounds += f"-min{self.min_contents_per_id}"
         seed = f"-seed{self.seed}" if self.seed else ""
-        return f"{self.shape}-{self.mapping}-{self.quantizer.replace('_', '-')}{seed}"
+        return f"{self.shape}-{self.mapping}{bounds}-{self.quantizer.replace('_', '-')}{seed}"
 
     def quantizer_settings(self) -> QuantizerSettings:
         """Return the settings of the chosen quantizer."""
         return getattr(self.options, self.quantizer)
 
-    def make_quantizer(self) -> Quantizer:
-        """Return the quantizer, not trained yet."""
-        return QUANTIZERS[self.quantizer](self.sizes, self.mapping, self.quantizer_settings(), seed=self.seed)
+    def make_quantizer(self, contents: int) -> Quantizer:
+        """Return the quantizer, not trained yet, for a catalogue of D distinct contents."""
+        bounds = self.bounds(contents) if self.mapping == "capacity" else None
+        return QUANTIZERS[self.quantizer](
+            self.sizes, self.mapping, self.quantizer_settings(), seed=self.seed, bounds=bounds
+        )
+
+    def bounds(self, contents: int) -> Bounds:
+        """Return how many of D distinct contents an ID may have under the mapping capacity.
+
+        Raises:
+            UsageError: they do not fit, or do not suffice.
+        """
+        return resolve_bounds(
+            contents, capacity_of(self.sizes), least=self.min_contents_per_id, most=self.max_contents_per_id
+        )
 
 
 class SweepConfig(CommonConfig):
@@ -150,7 +179,8 @@ class SweepConfig(CommonConfig):
     shapes: list[Shape] = Field(default=list(SIX_SHAPES), min_length=1)
     """Codebook sizes of each shape, first level first, joined by x."""
     mappings: list[MappingName] = Field(default=list(MAPPINGS), min_length=1)
-    """nearest: least error. uniform: every codeword of a level equally used."""
+    """nearest: least error. uniform: every codeword of a level equally used. capacity: no ID has more contents than the
+    bounds allow."""
     quantizers: list[QuantizerName] = Field(default=["residual_kmeans"], min_length=1)
     """How codebooks are made."""
 

@@ -39,6 +39,14 @@ def digest_array(words: NDArray[np.uint64]) -> Any:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(DIGEST_BYTES), len(words), [None, pa.py_buffer(data)])
 
 
+def read_digests(path: Path) -> NDArray[np.uint64]:
+    """Return the (n, 2) words of the digests in the column `digest` of a Parquet file, in its order."""
+    column: Any = pq.read_table(path, columns=["digest"])["digest"].combine_chunks()
+    whole = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    data = np.frombuffer(whole.buffers()[1], dtype=">u8", count=2 * len(whole), offset=DIGEST_BYTES * whole.offset)
+    return data.reshape(-1, 2).astype(np.uint64)
+
+
 @dataclass(frozen=True)
 class Group:
     """The distinct contents of one bucket, in ascending order of their digests.

@@ -18,9 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from semids.arrays import Codes, code_dtype, format_shape
 from semids.config import QUANTIZERS, BuildConfig, CommonConfig
+from semids.contents import read_digests
 from semids.errors import CorruptionError, DataError, UsageError
 from semids.fingerprints import code_digest, method_code
 from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
+from semids.known import KNOWN, KnownCodes, write_known
 from semids.quantizers.base import FrozenQuantizer, Tensors, TrainingData, TrainingStep
 from semids.semantic_ids import number_equal_ids, vocabulary, write_ids, write_tokens
 from semids.shards import ShardLayout
@@ -70,17 +72,24 @@ def scan_catalogue(config: CommonConfig) -> Stage:
 
 
 def check_sizes(config: BuildConfig, items: Ref) -> None:
-    """Refuse a shape that the training split cannot fill.
+    """Refuse a shape that the training split cannot fill, or bounds that the contents cannot keep.
 
     Raises:
-        UsageError: a codebook size exceeds the number of training items.
+        UsageError: a codebook size exceeds the number of training items, or as `BuildConfig.bounds` does.
     """
+    if config.mapping == "capacity":
+        config.bounds(count_contents(items))
     training = StageReader(items.path).summary["splits"][config.catalogue.train_split]["items"]
     if max(config.sizes) > training:
         raise UsageError(
             f"shape {config.shape}: expected at least as many training items as the largest codebook has codewords, "
             f"got {training} items for {max(config.sizes)} codewords; choose a smaller shape"
         )
+
+
+def count_contents(items: Ref) -> int:
+    """Return D, the number of distinct contents."""
+    return StageReader(items.path).summary["distinct_contents"]
 
 
 def contents_digest(items: Ref) -> str:
@@ -166,7 +175,7 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
             **needed,
         },
         parameters={"quantizer": config.quantizer, "step": step.name, **step.parameters},
-        code=code_digest(_train, *method_code(type(config.make_quantizer()), step.run)),
+        code=code_digest(_train, *method_code(QUANTIZERS[config.quantizer], step.run)),
     )
 
 
@@ -176,7 +185,7 @@ def _train(
     training = multiplicities(items)[config.catalogue.train_split]
     data = TrainingData(StageReader(vectors.path).array("vectors"), np.flatnonzero(training))
     tensors = {name: read_tensors(ref) for name, ref in needed.items()}
-    outcome = config.make_quantizer().run_step(step, data, tensors, output.progress)
+    outcome = config.make_quantizer(count_contents(items)).run_step(step, data, tensors, output.progress)
     output.commit("tensors.safetensors", lambda path: save_file(outcome.tensors, path))
     return outcome.evidence
 
@@ -184,30 +193,42 @@ def _train(
 def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref, run: Runner) -> Ref:
     """Run every step of the training in order, and freeze what they leave into a model."""
     steps: dict[str, Ref] = {}
-    for step in config.make_quantizer().training_steps():
+    for step in config.make_quantizer(count_contents(items)).training_steps():
         steps[step.name] = run(train_step(config, items, vectors, step, {name: steps[name] for name in step.needs}))
-    return run(freeze_model(config, vectors, steps))
+    return run(freeze_model(config, items, vectors, steps))
 
 
-def freeze_model(config: BuildConfig, vectors: Ref, steps: Mapping[str, Ref]) -> Stage:
+def freeze_model(config: BuildConfig, items: Ref, vectors: Ref, steps: Mapping[str, Ref]) -> Stage:
     """Gather what the training steps left into one folder that encodes new items without the rest of the run."""
-    quantizer = config.make_quantizer()
+    quantizer = QUANTIZERS[config.quantizer]
     return make_stage(
         "model",
         "Freeze the model",
-        partial(_freeze, config, vectors, dict(steps)),
-        inputs={"vectors": vectors, **steps},
+        partial(_freeze, config, items, vectors, dict(steps)),
+        inputs={"contents": contents_digest(items), "vectors": vectors, **steps},
         parameters={
             **config.model_dump(include={"shape", "mapping", "quantizer"}),
             "catalogue": config.catalogue.model_dump(exclude={"path"}),
             "vectors": vector_model(StageReader(vectors.path).manifest["ingredients"]),
         },
-        code=code_digest(_freeze, *method_code(type(quantizer), type(quantizer).assemble)),
+        code=code_digest(
+            _freeze,
+            *method_code(quantizer, quantizer.assemble),
+            *method_code(quantizer, quantizer.given_codes),
+        ),
     )
 
 
-def _freeze(config: BuildConfig, vectors: Ref, steps: dict[str, Ref], output: StageOutput) -> dict[str, Any]:
-    tensors = config.make_quantizer().assemble({name: read_tensors(ref) for name, ref in steps.items()})
+def _freeze(
+    config: BuildConfig, items: Ref, vectors: Ref, steps: dict[str, Ref], output: StageOutput
+) -> dict[str, Any]:
+    quantizer = config.make_quantizer(count_contents(items))
+    outcomes = {name: read_tensors(ref) for name, ref in steps.items()}
+    tensors = quantizer.assemble(outcomes)
+    given = quantizer.given_codes(outcomes)
+    if given is not None:
+        contents = StageReader(items.path).path("contents.parquet")
+        output.commit(KNOWN, lambda path: write_known(path, contents, given))
     output.commit("tensors.safetensors", lambda path: save_file(tensors, path))
     # Where the catalogue and the embedder lay decides nothing, and must not be in a digest.
     output.remember(config=config.model_dump(mode="json"))
@@ -253,31 +274,45 @@ def read_quantizer(model: Ref) -> FrozenQuantizer:
 # Vectors to codes to IDs
 
 
-def encode_vectors(vectors: Ref, model: Ref) -> Stage:
-    """Give every distinct content its codes, and its squared error at every depth."""
-    quantizer = QUANTIZERS[StageReader(model.path).summary["quantizer"]]
+def encode_vectors(items: Ref, vectors: Ref, model: Ref) -> Stage:
+    """Give every distinct content its codes, those it has in the model first, and its squared errors by depth."""
+    reader = StageReader(model.path)
+    quantizer = QUANTIZERS[reader.summary["quantizer"]]
+    known = reader.manifest["files"].get(KNOWN)
     return make_stage(
         "codes",
         "Encode the vectors",
-        partial(_encode, vectors, model),
+        partial(_encode, items, vectors, model),
         inputs={
             "vectors": vectors,
-            "model": StageReader(model.path).manifest["files"]["tensors.safetensors"]["sha256"],
+            "model": reader.manifest["files"]["tensors.safetensors"]["sha256"],
+            **({"known": known["sha256"], "contents": contents_digest(items)} if known else {}),
         },
         parameters={},
         code=code_digest(_encode, *method_code(quantizer, quantizer.freeze)),
     )
 
 
-def _encode(vectors: Ref, model: Ref, output: StageOutput) -> dict[str, Any]:
+def _encode(items: Ref, vectors: Ref, model: Ref, output: StageOutput) -> dict[str, Any]:
     array = StageReader(vectors.path).array("vectors")
     quantizer = read_quantizer(model)
     rows, levels = array.layout.rows, len(quantizer.sizes)
     dtype = str(code_dtype(quantizer.sizes))
     layout = ShardLayout(rows, levels, dtype, array.layout.shard_rows)
 
+    reader = StageReader(model.path)
+    known = KnownCodes(reader.path(KNOWN)) if KNOWN in reader.manifest["files"] else None
+    digests = read_digests(StageReader(items.path).path("contents.parquet")) if known else None
+
     def shard_codes(start: int, stop: int) -> Codes:
-        return quantizer.encode(array.shard(start // layout.shard_rows))
+        shard = array.shard(start // layout.shard_rows)
+        if known is None or digests is None:
+            return quantizer.encode(shard)
+        # What has an ID keeps it, wherever rounding put it; the rest goes by the rule.
+        codes, found = known.find(digests[start:stop])
+        if not found.all():
+            codes[~found] = quantizer.encode(shard[~found])
+        return codes
 
     output.write_shards("codes", layout, shard_codes)
 

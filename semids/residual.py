@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,39 @@ CHUNK_ROWS = 2048
 """Rows scored at a time: their scores (rows × codewords of all levels) stay in the processor's cache."""
 
 
+def prefix_numbers(codes: NDArray[np.integer], sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Return (n,) prefixes as numbers of mixed radix: equal for equal rows of the (n, l) codes, 0 for no level."""
+    numbers = np.zeros(len(codes), dtype=np.int64)
+    for level in range(codes.shape[1]):
+        numbers = numbers * sizes[level] + codes[:, level]
+    return numbers
+
+
+@dataclass(frozen=True)
+class PriceTable:
+    """The prices of a level's codewords under the prefixes where some are not zero.
+
+    Args:
+        prefixes: (m,) int64, ascending: the codes before the level, as one number of mixed radix.
+        values: (m, K) float32, in squared units of the vectors.
+    """
+
+    prefixes: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    def find(self, prefix: int) -> NDArray[np.float32] | None:
+        """Return the (K,) prices under a prefix, or None where all are zero."""
+        place = int(np.searchsorted(self.prefixes, prefix))
+        return self.values[place] if place < len(self.prefixes) and self.prefixes[place] == prefix else None
+
+    def subtract(self, costs: NDArray[np.float32], prefixes: NDArray[np.int64]) -> None:
+        """Subtract the prices of their prefixes from (n, K) costs, in place."""
+        if len(self.prefixes):
+            places = np.minimum(np.searchsorted(self.prefixes, prefixes), len(self.prefixes) - 1)
+            priced = np.flatnonzero(self.prefixes[places] == prefixes)
+            costs[priced] -= self.values[places[priced]]
+
+
 @dataclass(frozen=True)
 class ResidualCodebooks:
     """The codebooks of L levels and the potentials of their mapping.
@@ -25,13 +59,15 @@ class ResidualCodebooks:
         codebooks: one (K_l, d) float32 array a level.
         potentials: one (K_l,) float32 array a level, in squared units of the vectors: the code of a residual is
             argmin(squared distance − potential). All zero is the nearest mapping.
+        prices: none, or a table a level: what the code of a residual is charged under the prefix before it, besides.
 
     Raises:
-        ShapeError: no level, unequal widths, or potentials that do not match their codebook.
+        ShapeError: no level, unequal widths, or potentials or prices that do not match their codebook.
     """
 
     codebooks: tuple[NDArray[np.float32], ...]
     potentials: tuple[NDArray[np.float32], ...]
+    prices: tuple[PriceTable, ...] = ()
     _scores: NDArray[np.float32] = field(init=False, repr=False, compare=False)
     _products: dict[tuple[int, int], NDArray[np.float32]] = field(init=False, repr=False, compare=False)
     _biases: tuple[NDArray[np.float32], ...] = field(init=False, repr=False, compare=False)
@@ -44,6 +80,8 @@ class ResidualCodebooks:
             raise ShapeError(
                 f"expected one potential for each of {sizes} codewords, got shapes {[p.shape for p in self.potentials]}"
             )
+        if self.prices and [table.values.shape[1] for table in self.prices] != sizes:
+            raise ShapeError(f"expected a table of prices for each of {sizes} codewords, got {len(self.prices)}")
         # |r − c|² − p = |r|² + (|c|² − p) − 2·x·c + 2·Σ(c_before·c): one product of the vectors with all
         # codewords, and products among codewords that do not depend on the vectors. Scaling by −2 is exact.
         object.__setattr__(self, "_scores", np.ascontiguousarray(-2 * np.concatenate(self.codebooks).T))
@@ -99,8 +137,13 @@ class ResidualCodebooks:
             level_scores += self._biases[level]
             for before in range(level):
                 level_scores += self._products[before, level][codes[:, before]]
-            codes[:, level] = level_scores.argmin(axis=1)
+            codes[:, level] = self._choose(level_scores, codes, level)
         return codes
+
+    def _choose(self, scores: NDArray[np.float32], codes: NDArray[np.int64], level: int) -> NDArray[np.int64]:
+        if self.prices and len(self.prices[level].prefixes):
+            self.prices[level].subtract(scores, prefix_numbers(codes[:, :level], self.sizes))
+        return scores.argmin(axis=1)
 
     def _encode_residuals(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
         residuals = vectors.copy()
@@ -108,7 +151,9 @@ class ResidualCodebooks:
         end = 0
         for level, size in enumerate(self.sizes):
             start, end = end, end + size
-            codes[:, level] = (residuals @ self._scores[:, start:end] + self._biases[level]).argmin(axis=1)
+            scores = residuals @ self._scores[:, start:end]
+            scores += self._biases[level]
+            codes[:, level] = self._choose(scores, codes, level)
             residuals -= self.codebooks[level][codes[:, level]]
         return codes
 

@@ -49,7 +49,7 @@ def build_cell(config: BuildConfig, items: Ref, vectors: Ref, run: Runner) -> Ce
     """Train, encode and report one configuration on vectors that are there."""
     pipeline.check_sizes(config, items)
     model = pipeline.train_quantizer(config, items, vectors, run)
-    codes = run(pipeline.encode_vectors(vectors, model))
+    codes = run(pipeline.encode_vectors(items, vectors, model))
     ids = run(pipeline.assign_ids(config, items, codes))
     return CellRefs(model, ids, run(write_report(config, items, vectors, model, codes)))
 
@@ -95,7 +95,7 @@ def encode_items(config: BuildConfig, model_folder: Path, run: Runner) -> CellRe
             f"(they differ in {', '.join(different)}); pass the same --model, or train again"
         )
     vectors = run(stage)
-    codes = run(pipeline.encode_vectors(vectors, model))
+    codes = run(pipeline.encode_vectors(items, vectors, model))
     ids = run(pipeline.assign_ids(config, items, codes))
     return CellRefs(model, ids, run(write_report(config, items, vectors, model, codes)))
 

@@ -31,9 +31,9 @@ def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
     return pipeline.train_quantizer(config, items, vectors, run)
 
 
-def encode_vectors(config: CommonConfig, vectors: Ref, model: Ref) -> Ref:
+def encode_vectors(config: CommonConfig, items: Ref, vectors: Ref, model: Ref) -> Ref:
     """Give every distinct content its codes."""
-    return run_as_task(config.out, pipeline.encode_vectors(vectors, model), hours=24, tags=("encoding", "gpu"))
+    return run_as_task(config.out, pipeline.encode_vectors(items, vectors, model), hours=24, tags=("encoding", "gpu"))
 
 
 def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Ref:

@@ -122,6 +122,8 @@ CHANGES: list[tuple[str, Callable[[Project], None], dict[str, Any], list[str], s
     ("one level more", nothing, {"shape": "8x6x4x3"}, [], {"train-codebook-4", "train-uniform-4", *LAST}),
     ("one level less", nothing, {"shape": "8x6"}, [], LAST),
     ("mapping", nothing, {"mapping": "nearest"}, [], LAST),
+    ("mapping capacity", nothing, {"mapping": "capacity"}, [], {"train-bounded", "train-assigned", *LAST}),
+    ("bounds of a mapping that has none", nothing, {}, ["max_contents_per_id=9"], set()),
     ("iterations", nothing, {}, ["options.residual_kmeans.iterations=1"], AFTER_VECTORS),
     ("suffix", nothing, {}, ["suffix=true"], {"ids"}),
     ("template", nothing, {"template": "{title} by {brand}"}, [], EVERYTHING),

@@ -34,7 +34,7 @@ def test_defaults_are_those_of_the_original_sheet() -> None:
     cells = SweepConfig.model_validate({"catalogue": {"path": "x.npy"}}).cells()
     assert {cell.shape for cell in cells} == set(SIX_SHAPES)
     assert len(SIX_SHAPES) == 6
-    assert len(cells) == 12
+    assert len(cells) == 18
 
 
 def test_committed_configurations_read_and_write_back() -> None:
@@ -55,7 +55,7 @@ def test_committed_configurations_read_and_write_back() -> None:
         ("catalogue: {path: x.npy, idcolumn: a}", r"catalogue\.idcolumn: Extra inputs"),
         ("catalogue: {path: x.npy}\nshape: 4x1", "shape: expected codebook sizes from 2"),
         ("catalogue: {path: x.npy}\nquantizer: rq", "quantizer: expected one of residual_kmeans, got 'rq'"),
-        ("catalogue: {path: x.npy}\nmapping: even", "mapping: Input should be 'nearest' or 'uniform'"),
+        ("catalogue: {path: x.npy}\nmapping: even", "mapping: Input should be 'nearest', 'uniform' or 'capacity'"),
         ("catalogue: {path: x.npy}\nseed: -1", "seed: Input should be greater than or equal to 0"),
         ("catalogue: {path: x.npy}\noptions: {residual_kmeans: {restarts: 0}}", r"options\.residual_kmeans\.restarts"),
         ("shape: 4x4", "catalogue: Field required"),

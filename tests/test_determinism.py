@@ -70,7 +70,7 @@ def count_near_ties(quantizer: FrozenQuantizer, vectors: np.ndarray, codes: np.n
     return len(different)
 
 
-@pytest.mark.parametrize("mapping", ["nearest", "uniform"])
+@pytest.mark.parametrize("mapping", ["nearest", "uniform", "capacity"])
 def test_the_same_seed_gives_the_same_bytes(mapping: str, made: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         arguments = tokenize_arguments(

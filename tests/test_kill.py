@@ -23,7 +23,18 @@ from semids.store import read_sealed_json
 POINTS = 72
 CHUNKS = 12
 KILLED = -9
-STAGES = ("items", "vectors", "train-codebook-1", "train-codebook-3", "model", "codes", "ids", "report")
+STAGES = (
+    "items",
+    "vectors",
+    "train-codebook-1",
+    "train-codebook-3",
+    "train-bounded",
+    "train-assigned",
+    "model",
+    "codes",
+    "ids",
+    "report",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ def warm_parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent
 def undisturbed(warm_parent: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
     catalogue = write_catalogue(folder / "catalogue.jsonl")
-    outcome = warm_parent.run(tokenize_arguments(catalogue, warm_parent.model, folder / "run"))
+    outcome = warm_parent.run(tokenize_arguments(catalogue, warm_parent.model, folder / "run", mapping="capacity"))
     assert outcome.code == 0, outcome.said
     points = [
         (number, kill)
@@ -122,7 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_ids_and_keeps_what_was_finished(
     for number, kill in chosen_points(undisturbed)[chunk::CHUNKS]:
         where = f"{kill} {undisturbed.events[number]}"
         run = tmp_path / f"{number}-{kill}"
-        arguments = tokenize_arguments(undisturbed.catalogue, warm_parent.model, run)
+        arguments = tokenize_arguments(undisturbed.catalogue, warm_parent.model, run, mapping="capacity")
         plots = any(part in where for part in ("/report-", "/results/"))
         killed = warm_parent.run(arguments, kill_at=number, kill=kill, plots=plots)
         assert killed.code == KILLED, f"{where}: {killed.said}"
@@ -139,7 +150,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_ids(
     undisturbed: Undisturbed, warm_parent: WarmParent, tmp_path: Path
 ) -> None:
     """Guard: `stages._remove_temporaries`, and that each re-run keeps what the ones before it finished."""
-    arguments = tokenize_arguments(undisturbed.catalogue, warm_parent.model, tmp_path / "run")
+    arguments = tokenize_arguments(undisturbed.catalogue, warm_parent.model, tmp_path / "run", mapping="capacity")
     kills = 0
     while (outcome := warm_parent.run(arguments, kill_at=23, kill=("before", "after")[kills % 2])).code == KILLED:
         kills += 1

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from semids.arrays import capacity_of
+from semids.capacity import Bounds, resolve_bounds
 from semids.errors import ShapeError
 from semids.progress import silent
 from semids.quantizers import residual_kmeans
@@ -25,7 +27,8 @@ class InMemory(ShardedArray):
 
 
 def train(member: type[Quantizer], mapping: Any, array: ShardedArray, rows: np.ndarray, sizes: Any = SIZES) -> Any:
-    quantizer = member(sizes, mapping, member.settings_type(), seed=5)
+    bounds = resolve_bounds(array.layout.rows, capacity_of(sizes), least="auto", most="auto")
+    quantizer = member(sizes, mapping, member.settings_type(), seed=5, bounds=bounds)
     outcomes: dict[str, Any] = {}
     evidence = []
     for step in quantizer.training_steps():
@@ -112,7 +115,7 @@ def test_training_twice_gives_the_same_bytes(trained: Any, vectors: np.ndarray) 
 def test_every_step_needs_only_earlier_ones_and_shorter_shapes_share_theirs(trained: Any) -> None:
     member, mapping, *_ = trained
     seen: set[str] = set()
-    for step in member(SIZES, mapping, member.settings_type(), seed=1).training_steps():
+    for step in member(SIZES, mapping, member.settings_type(), seed=1, bounds=Bounds(0, 1)).training_steps():
         assert seen.issuperset(step.needs)
         seen.add(step.name)
 
@@ -134,6 +137,19 @@ def test_uniform_mappings_use_every_codeword_equally_often(trained: Any, vectors
     assert all("converged" in notes for notes in evidence if "epsilon" in notes)
 
 
+def test_the_mapping_capacity_gives_every_content_an_id_of_its_own(trained: Any, vectors: np.ndarray) -> None:
+    member, mapping, _, tensors, evidence = trained
+    if mapping != "capacity":
+        pytest.skip("only the mapping capacity bounds what an ID has")
+    capacity = capacity_of(SIZES)
+    assert evidence[-1] == evidence[-1] | {"ids_used": capacity, "capacity": capacity, "largest_load": 3}
+    # 2,000 rows and 864 IDs: what later rows get by the rule alone lies nearly as evenly.
+    ruled = member.freeze(tensors).encode(vectors)
+    loads = np.bincount(ruled[:, 0], minlength=SIZES[0])
+    assert loads.max() <= 1.05 * 3 * 72  # seen: 1.01
+    assert loads.min() >= 0.95 * 72  # seen: 1.00
+
+
 def test_shapes_with_a_common_beginning_share_its_steps() -> None:
     member = quantizer_types()["residual_kmeans"]
     for mapping in ("nearest", "uniform"):
@@ -146,7 +162,7 @@ def test_shapes_with_a_common_beginning_share_its_steps() -> None:
 
 
 @pytest.mark.parametrize("distinct", [1, 8])
-@pytest.mark.parametrize("mapping", ["nearest", "uniform"])
+@pytest.mark.parametrize("mapping", ["nearest", "uniform", "capacity"])
 def test_few_distinct_rows_still_train(distinct: int, mapping: str, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(distinct, 6)).astype(np.float32)[np.arange(100) % distinct]
     member = quantizer_types()["residual_kmeans"]
@@ -154,5 +170,9 @@ def test_few_distinct_rows_still_train(distinct: int, mapping: str, tmp_path: Pa
     codes = member.freeze(tensors).encode(rows)
     assert np.isfinite(np.concatenate([value.ravel() for value in tensors.values()])).all()
     # Nothing can balance 8 points over 32 codewords: uniform may merge some, and reports its loads.
-    assert len(np.unique(codes, axis=0)) == distinct or (mapping == "uniform" and evidence[-1]["load_min"] == 0)
+    if mapping == "capacity":
+        # The rows are not distinct contents here: each is to have an ID of its own, and has.
+        assert evidence[-1]["ids_used"] == 100
+    else:
+        assert len(np.unique(codes, axis=0)) == distinct or (mapping == "uniform" and evidence[-1]["load_min"] == 0)
     assert evidence[0]["distinct_codewords"] == distinct

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, Vectors
+from semids.capacity import Bounds
 from semids.families import discover_members
 from semids.progress import Progress
 from semids.settings import Settings
 from semids.shards import ShardedArray
 
-MappingName = Literal["nearest", "uniform"]
+MappingName = Literal["nearest", "uniform", "capacity"]
 MAPPINGS: tuple[MappingName, ...] = get_args(MappingName)
 
 Tensors = dict[str, NDArray[Any]]
@@ -102,12 +103,15 @@ class Quantizer(ABC):
     mappings: ClassVar[tuple[MappingName, ...]]
     """The mappings it can train under."""
 
-    def __init__(self, sizes: Sequence[int], mapping: MappingName, settings: Any, *, seed: int) -> None:
-        """Keep the parameters; `settings` is of the member's `settings_type`."""
+    def __init__(
+        self, sizes: Sequence[int], mapping: MappingName, settings: Any, *, seed: int, bounds: Bounds | None = None
+    ) -> None:
+        """Keep the parameters; `settings` is of the member's `settings_type`, `bounds` of the mapping capacity."""
         self.sizes = tuple(sizes)
         self.mapping: MappingName = mapping
         self.settings = settings
         self.seed = seed
+        self.bounds = bounds
 
     @abstractmethod
     def training_steps(self) -> list[TrainingStep]:
@@ -122,6 +126,10 @@ class Quantizer(ABC):
     @abstractmethod
     def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:
         """Return the tensors of the frozen quantizer from those of every step."""
+
+    def given_codes(self, outcomes: Mapping[str, Tensors]) -> Codes | None:
+        """Return the (D, L) codes that training gave to the contents, where they are more than what encoding gives."""
+        return None
 
     @staticmethod
     @abstractmethod

@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from semids.arrays import Codes
 from semids.balance import Potentials, fit_potentials, standard_deviation
+from semids.capacity import Bounds
 from semids.kmeans import ROWS_PER_CODEWORD, fit_codebook, sample_rows
 from semids.progress import Progress
+from semids.quantizers._bounded import assign_contents, fit_within_bounds, read_prices
 from semids.quantizers.base import (
     FrozenQuantizer,
     MappingName,
@@ -22,7 +25,7 @@ from semids.quantizers.base import (
     TrainingData,
     TrainingStep,
 )
-from semids.residual import ResidualCodebooks
+from semids.residual import PriceTable, ResidualCodebooks
 
 REFIT_STEPS = 6
 """Lloyd steps under the uniform assignment: on real product vectors none costs 13 % of error, 4 leave 1.2 %
@@ -50,18 +53,18 @@ class FrozenResidualKMeans(ResidualCodebooks, FrozenQuantizer):
 
 
 class ResidualKMeans(Quantizer):
-    """Train level by level: first the codebooks of the nearest mapping, then, if asked, the uniform mapping on them.
+    """Train level by level: first the codebooks of the nearest mapping, then, if asked, another mapping on them.
 
     Level l is a step of its own and depends on nothing after it, so shapes with a common beginning share it.
     """
 
     name: ClassVar[str] = "residual_kmeans"
     settings_type: ClassVar[type[QuantizerSettings]] = ResidualKMeansSettings
-    mappings: ClassVar[tuple[MappingName, ...]] = ("nearest", "uniform")
+    mappings: ClassVar[tuple[MappingName, ...]] = ("nearest", "uniform", "capacity")
     settings: ResidualKMeansSettings
 
     def training_steps(self) -> list[TrainingStep]:
-        """Return one step a level for the codebooks, then one a level for the uniform mapping."""
+        """Return one step a level for the codebooks, then those of another mapping: a step a level, or two for all."""
         steps: list[TrainingStep] = []
         for level, size in enumerate(self.sizes, start=1):
             steps.append(
@@ -84,6 +87,26 @@ class ResidualKMeans(Quantizer):
                         needs=(*(f"uniform-{before}" for before in range(1, level)), f"codebook-{level}"),
                     )
                 )
+        if self.bounds is not None and self.mapping == "capacity":
+            bounds = {"least": self.bounds.least, "most": self.bounds.most}
+            steps.append(
+                TrainingStep(
+                    name="bounded",
+                    title="Fit codebooks and prices within bounds",
+                    parameters={"sizes": list(self.sizes), "seed": self.seed, **bounds},
+                    run=type(self)._fit_within_bounds,
+                    needs=tuple(f"codebook-{level}" for level in range(1, len(self.sizes) + 1)),
+                )
+            )
+            steps.append(
+                TrainingStep(
+                    name="assigned",
+                    title="Assign every content within bounds",
+                    parameters=bounds,
+                    run=type(self)._assign_contents,
+                    needs=("bounded",),
+                )
+            )
         return steps
 
     def _sample_residuals(
@@ -130,8 +153,48 @@ class ResidualKMeans(Quantizer):
         }
         return StepOutcome({"codebook": fit.codebook, "potentials": np.zeros(size, np.float32)}, evidence)
 
+    def _fit_within_bounds(
+        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+    ) -> StepOutcome:
+        most = SAMPLE_BYTES // (np.dtype(np.float32).itemsize * data.vectors.layout.columns)
+        vectors = data.vectors.take(data.rows[sample_rows(len(data.rows), most, seed=self.seed)])
+        codebooks = tuple(needed[name]["codebook"] for name in step.needs)
+        return fit_within_bounds(
+            vectors,
+            codebooks,
+            self._bounds(),
+            contents=data.vectors.layout.rows,
+            done=lambda rounds, total: progress(step.title, rounds, total, "rounds"),
+        )
+
+    def _assign_contents(
+        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+    ) -> StepOutcome:
+        contents = data.vectors.layout.rows
+        return assign_contents(
+            data.vectors.take,
+            needed["bounded"],
+            self._bounds(),
+            contents=contents,
+            done=lambda level, rows: progress(f"assign codes of level {level}", rows, contents, "contents"),
+        )
+
+    def _bounds(self) -> Bounds:
+        if self.bounds is None:
+            raise AssertionError("the mapping capacity comes with its bounds")
+        return self.bounds
+
+    def given_codes(self, outcomes: Mapping[str, Tensors]) -> Codes | None:
+        """Return what exact rounding gave under the mapping capacity."""
+        return outcomes["assigned"]["codes"] if self.mapping == "capacity" else None
+
     def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:
-        """Return `codebook_l` (K_l, d) and `potentials_l` (K_l,) float32 for every level l from 1."""
+        """Return `codebook_l` (K_l, d) and `potentials_l` (K_l,) float32 for every level l from 1.
+
+        Under the mapping capacity, `price_prefixes_l` (m,) int64 and `prices_l` (m, K_l) float32, besides.
+        """
+        if self.mapping == "capacity":
+            return outcomes["bounded"]
         kind = "codebook" if self.mapping == "nearest" else self.mapping
         return {
             f"{part}_{level}": outcomes[f"{kind}-{level}"][part]
@@ -142,15 +205,18 @@ class ResidualKMeans(Quantizer):
     @staticmethod
     def freeze(tensors: Tensors) -> FrozenQuantizer:
         """Return the codebooks and potentials as a quantizer."""
-        levels = range(1, len(tensors) // 2 + 1)
         return _codebooks(
-            [{"codebook": tensors[f"codebook_{n}"], "potentials": tensors[f"potentials_{n}"]} for n in levels]
+            [
+                {"codebook": tensors[f"codebook_{level}"], "potentials": tensors[f"potentials_{level}"]}
+                for level in range(1, len([name for name in tensors if name.startswith("codebook_")]) + 1)
+            ],
+            read_prices(tensors),
         )
 
 
-def _codebooks(levels: list[Tensors]) -> FrozenResidualKMeans:
+def _codebooks(levels: list[Tensors], prices: tuple[PriceTable, ...] = ()) -> FrozenResidualKMeans:
     return FrozenResidualKMeans(
-        tuple(level["codebook"] for level in levels), tuple(level["potentials"] for level in levels)
+        tuple(level["codebook"] for level in levels), tuple(level["potentials"] for level in levels), prices
     )
 
 

@@ -1,0 +1,217 @@
+"""Bounded loads: which child of its prefix each content goes to, so that no prefix holds more than its IDs allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from semids.balance import Shares, fit_potentials, standard_deviation
+from semids.errors import ShapeError, UsageError
+
+EXACT_ENTRIES = 1 << 18
+"""Largest matrix of rows × places that is assigned exactly: 512 × 512 takes some 10 ms, and time grows as its cube."""
+RELATIVE_EPSILON = 0.01
+"""Smoothing of prices over the standard deviation of the costs they are fitted to."""
+MAX_ITERATIONS = 60
+COST_BYTES = 1 << 30
+"""Largest cost matrix that prices are fitted to: beyond, an evenly spaced part of the rows."""
+CHUNK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The least and the most distinct contents an ID may have; `most` None sets no limit."""
+
+    least: int
+    most: int | None
+
+    def below(self, ids: int, rows: int, contents: int) -> Loads:
+        """Return the loads of a prefix with `ids` IDs below it, for `rows` that stand for all `contents`."""
+        part = rows / contents
+        most = rows if self.most is None else min(rows, math.ceil(self.most * ids * part))
+        return Loads(math.floor(self.least * ids * part), most)
+
+
+@dataclass(frozen=True)
+class Loads:
+    """The least and the most rows that a child of a prefix may have."""
+
+    least: int
+    most: int
+
+    def feasible(self, rows: int, children: int) -> Loads:
+        """Return these loads, widened as little as `rows` over `children` need: part of the rows may lie unevenly."""
+        return Loads(min(self.least, rows // children), max(self.most, -(-rows // children)))
+
+
+def resolve_bounds(
+    contents: int, capacity: int, *, least: int | Literal["auto"], most: int | Literal["auto"] | None
+) -> Bounds:
+    """Return how many of D contents an ID may have, `auto` standing for what reaches the collision floor.
+
+    Args:
+        contents: D, distinct contents.
+        capacity: C, number of IDs.
+        least: auto is 1 where D ≥ C, so that every ID is used, else 0.
+        most: auto is ceil(D / C); None sets no limit.
+
+    Raises:
+        UsageError: so many contents do not fit, or do not suffice.
+    """
+    low = (1 if contents >= capacity else 0) if least == "auto" else least
+    high = -(-contents // capacity) if most == "auto" else most
+    if high is not None and high * capacity < contents:
+        raise UsageError(
+            f"expected max_contents_per_id of at least {-(-contents // capacity)} for {contents:,} distinct contents "
+            f"and {capacity:,} IDs, got {high}; raise it, or take a larger shape"
+        )
+    if low * capacity > contents:
+        raise UsageError(
+            f"expected min_contents_per_id of at most {contents // capacity} for {contents:,} distinct contents and "
+            f"{capacity:,} IDs, got {low}; lower it, or take a smaller shape"
+        )
+    if high is not None and low > high:
+        raise UsageError(f"expected min_contents_per_id of at most max_contents_per_id, got {low} and {high}")
+    return Bounds(low, high)
+
+
+@dataclass(frozen=True)
+class GroupAssignment:
+    """Which child each row of a prefix goes to.
+
+    Args:
+        codes: (n,) int64 children.
+        prices: (K,) float32, in the units of the costs: code = argmin(cost − price) is the rule for later rows.
+        moved: rows that exact rounding put elsewhere than that rule does.
+        converged: the prices met their bounds; loads are within theirs either way.
+    """
+
+    codes: NDArray[np.int64]
+    prices: NDArray[np.float32]
+    moved: int
+    converged: bool
+
+
+Costs = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Returns the (m, K) squared distances of the given rows of a group, numbered from 0."""
+
+
+def assign_group(
+    costs: Costs, rows: int, loads: Loads, *, start: NDArray[np.float32] | None = None, priced: bool = True
+) -> GroupAssignment:
+    """Give every row of a prefix a child, at close to the least cost that the loads allow.
+
+    Nearest where that keeps the loads; exactly where rows and places are few (Crouse 2016, as SciPy has it); else by
+    prices and rounding: rows leave the children that hold too many, those first that lose least, for the best child
+    with room. Memory is that of 2^18 costs, of the sample that prices are fitted to (1 GiB at most), and of a few
+    numbers a row.
+
+    Args:
+        rows: n, how many there are.
+        start: (K,) prices to begin from, from costs close to these.
+        priced: False leaves the prices of small groups at zero, where only the codes matter.
+
+    Raises:
+        ShapeError: n rows cannot be within the loads.
+    """
+    nearest, children = _cheapest_children(costs, rows, None)
+    if not loads.least * children <= rows <= loads.most * children:
+        raise ShapeError(f"expected rows for {loads.least} to {loads.most} of {children} children, got {rows}")
+    counts = np.bincount(nearest, minlength=children)
+    prices = np.zeros(children, np.float32)
+    if loads.least <= counts.min() and counts.max() <= loads.most:
+        return GroupAssignment(nearest, prices, 0, converged=True)
+    exact = rows * children * loads.most <= EXACT_ENTRIES
+    converged = True
+    if priced or not exact:
+        prices, converged = _fit_prices(costs, rows, children, loads, start)
+    ruled, _ = _cheapest_children(costs, rows, prices)
+    if exact:
+        codes = _assign_exactly(costs(np.arange(rows)), loads)
+    else:
+        codes = round_to_loads(lambda some: costs(some) - prices, ruled, children, loads)
+    return GroupAssignment(codes, prices, int((codes != ruled).sum()), converged)
+
+
+def _cheapest_children(costs: Costs, rows: int, prices: NDArray[np.float32] | None) -> tuple[NDArray[np.int64], int]:
+    """Return the (n,) children of least priced cost, and how many children there are."""
+    children = 0
+    codes = np.empty(rows, np.int64)
+    for chunk in _chunks(np.arange(rows)):
+        found = costs(chunk)
+        children = found.shape[1]
+        codes[chunk] = (found if prices is None else found - prices).argmin(axis=1)
+    return codes, children
+
+
+def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(rows), CHUNK_ROWS):
+        yield rows[start : start + CHUNK_ROWS]
+
+
+def _fit_prices(
+    costs: Costs, rows: int, children: int, loads: Loads, start: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32], bool]:
+    stride = max(1, rows * children * 4 // COST_BYTES)
+    sample = costs(np.arange(0, rows, stride))
+    epsilon = RELATIVE_EPSILON * standard_deviation(sample) or 1.0
+    bounds = Shares(loads.least / rows, min(1.0, loads.most / rows))
+    found = fit_potentials(sample, epsilon=epsilon, max_iterations=MAX_ITERATIONS, start=start, bounds=bounds)
+    return found.values, found.converged
+
+
+def _assign_exactly(costs: NDArray[np.float32], loads: Loads) -> NDArray[np.int64]:
+    """Return the (n,) children of least total cost, each child standing for `most` places, `least` of them required."""
+    places = np.repeat(costs.astype(np.float64), loads.most, axis=1)
+    if loads.least:
+        # No exchange of rows can gain as much as a required place that is filled.
+        reward = (float(costs.max()) - float(costs.min())) * len(costs) + 1.0
+        required = np.arange(places.shape[1]) % loads.most < loads.least
+        places[:, required] -= reward
+    assigned = linear_sum_assignment(places)[1]
+    return assigned // loads.most
+
+
+def round_to_loads(costs: Costs, codes: NDArray[np.int64], children: int, loads: Loads) -> NDArray[np.int64]:
+    """Return codes within the loads, moving from the given ones the rows that lose least.
+
+    Args:
+        costs: returns the (m, K) priced costs of the given rows.
+        codes: (n,) a child each.
+    """
+    codes = codes.copy()
+    for _ in range(2 * children + 1):
+        counts = np.bincount(codes, minlength=children)
+        if counts.max() > loads.most:
+            leave, room = np.maximum(counts - loads.most, 0), np.maximum(loads.most - counts, 0)
+        elif counts.min() < loads.least:
+            leave, room = np.maximum(counts - loads.least, 0), np.maximum(loads.least - counts, 0)
+        else:
+            return codes
+        rows = np.flatnonzero(leave[codes])
+        targets, losses = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        for chunk in _chunks(np.arange(len(rows))):
+            reduced = costs(rows[chunk])
+            best = np.where(room > 0, reduced, np.inf).argmin(axis=1)
+            each = np.arange(len(chunk))
+            targets[chunk] = best
+            losses[chunk] = reduced[each, best] - reduced[each, codes[rows[chunk]]]
+        leaving = _cheapest(losses, codes[rows], leave)
+        entering = _cheapest(losses[leaving], targets[leaving], room)
+        chosen = leaving[entering]
+        codes[rows[chosen]] = targets[chosen]
+    raise AssertionError("every pass fills a child or empties one: there are no more passes than children")
+
+
+def _cheapest(losses: NDArray[Any], groups: NDArray[np.int64], most: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions of the `most[g]` smallest losses of every group g."""
+    order = np.lexsort((losses, groups))
+    sorted_groups = groups[order]
+    first = np.searchsorted(sorted_groups, sorted_groups)
+    return order[np.arange(len(order)) - first < most[sorted_groups]]
