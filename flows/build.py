@@ -10,7 +10,7 @@ import sys
 from prefect import flow
 
 from tasks.cells import CellOutcome, own_run_folder, print_outcome, publish
-from tasks.parameters import BuildConfig, read_config
+from tasks.parameters import BuildConfig, start
 from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogue, train_quantizer, write_report
 
 
@@ -34,5 +34,4 @@ def build(config: BuildConfig) -> CellOutcome:
 
 
 if __name__ == "__main__":
-    build_config = read_config(sys.argv[1], BuildConfig)
-    print_outcome(build_config, build(build_config))
+    sys.exit(start(BuildConfig, lambda config: print_outcome(config, build(config, return_state=True))))

@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.cells import CellOutcome, collect, compare, find_cell, own_run_folder, print_comparison, publish, sweep_state
-from tasks.parameters import BuildConfig, Ref, SweepConfig, read_config
+from tasks.parameters import BuildConfig, Ref, SweepConfig, start
 from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogue, train_quantizer, write_report
 
 CELLS_AT_A_TIME = 2
@@ -65,5 +65,4 @@ def sweep(config: SweepConfig) -> State[Any]:
 
 
 if __name__ == "__main__":
-    sweep_config = read_config(sys.argv[1], SweepConfig)
-    sys.exit(print_comparison(sweep_config, sweep(sweep_config, return_state=True)))
+    sys.exit(start(SweepConfig, lambda config: print_comparison(config, sweep(config, return_state=True))))

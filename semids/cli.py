@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from semids import pipeline, results, runs
+from semids import results, runs
 from semids.adopt import adopt_vectors
 from semids.arrays import parse_shape
 from semids.config import BuildConfig, make_config, read_values
@@ -22,9 +22,10 @@ from semids.progress import TerminalProgress
 from semids.report import comparison_rows, format_table
 from semids.reporting import read_report, report_codes
 from semids.sample import write_sample_catalogue
-from semids.stages import Ref, StageReader, verify_stages
+from semids.stages import Ref
 from semids.store import commit, run_lock
 from semids.text import printable
+from semids.verification import verify_run
 
 OPTIONS: dict[str, tuple[str, str]] = {
     # option: (place in the configuration, help)
@@ -58,9 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if to_terminal else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for chatty in ("transformers", "sentence_transformers", "huggingface_hub", "httpx", "faiss"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
+
+    def run() -> int:
         parsed = _parser().parse_args(arguments)
         return int(parsed.run(parsed) or 0)
+
+    return exit_code_of(run)
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """Run a command and return its exit code, that of sysexits(3) for the error that ended it, which is printed."""
+    try:
+        return run()
     except SemidsError as error:
         print(f"semids: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -144,7 +154,7 @@ def _override(values: dict[str, Any], parsed: argparse.Namespace, *, source: str
             _put(values, place, value.replace("\\n", "\n") if place == "catalogue.template" else value)
     for assignment in parsed.set:
         place, equals, value = assignment.partition("=")
-        if not equals:
+        if not equals or not place.strip():
             raise UsageError(f"expected --set KEY=VALUE, got {assignment!r}")
         try:
             _put(values, place, yaml.safe_load(value))
@@ -183,12 +193,15 @@ def _encode(parsed: argparse.Namespace) -> None:
     model_folder = Path(parsed.model_folder)
     for place in (assignment.partition("=")[0] for assignment in parsed.set):
         if not place.startswith(("catalogue.", "embedder.")):
-            raise UsageError(f"encode takes {place} from the model; only catalogue and embedder can be told otherwise")
+            raise UsageError(
+                f"encode cannot set {place}: codes come from the model, and no suffix is added; only catalogue and "
+                "embedder can be told otherwise"
+            )
     config = _override(runs.encoding_config(model_folder, parsed.input), parsed, source=parsed.model_folder)
     folder = Path(config.out)
     with run_lock(folder):
         refs = runs.encode_items(config, model_folder, runs.local_runner(folder, TerminalProgress()))
-        where = results.publish(config, refs)
+        where = results.publish(config, refs, encoded=True)
     _print_figures([refs.report])
     print(f"\nSemantic IDs and report: {where}")
 
@@ -198,10 +211,7 @@ def _adopt(parsed: argparse.Namespace) -> None:
     folder = Path(config.out)
     with run_lock(folder):
         run = runs.local_runner(folder, TerminalProgress())
-        items = run(pipeline.scan_catalogue(config))
-        vectors = run(adopt_vectors(config, items, Path(parsed.vectors), parsed.reason))
-    if StageReader(vectors.path).summary.get("adopted", {}).get("reason") != parsed.reason:
-        raise UsageError(f"{vectors.path} already holds vectors of this catalogue and model; nothing was adopted")
+        vectors = adopt_vectors(config, Path(parsed.vectors), parsed.reason, run)
     print(f"Adopted as {vectors.path}: runs with this catalogue and model use these vectors.")
 
 
@@ -223,19 +233,21 @@ def _verify(parsed: argparse.Namespace) -> None:
     folder = Path(parsed.folder)
     if not (folder / "stages").is_dir():
         raise UsageError(f"{folder} is not a run folder: it has no stages folder")
-    found = verify_stages(folder)
-    faults = found.faults + results.broken_links(folder)
-    for fault in faults:
+    found = verify_run(folder)
+    for fault in found.faults:
         print(printable(fault), file=sys.stderr)
     for unfinished in found.unfinished:
         print(f"{printable(str(unfinished))} is unfinished: interrupted, or under way", file=sys.stderr)
-    if faults:
-        raise CorruptionError(f"{len(faults)} faults among {found.checked} committed files")
-    print(f"{found.checked} committed files are as they were written")
+    if found.faults:
+        raise CorruptionError(f"{len(found.faults)} faults among {found.checked} committed files and links")
+    print(f"{found.checked} committed files and links are as they were written")
 
 
 def _sample(parsed: argparse.Namespace) -> None:
-    commit(Path(parsed.path), write_sample_catalogue)
+    path = Path(parsed.path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"expected a file to write in a folder that exists, got {parsed.path}")
+    commit(path, write_sample_catalogue)
     print(f"Sample catalogue: {parsed.path}")
 
 

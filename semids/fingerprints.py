@@ -45,7 +45,7 @@ def code_digest(*functions: Callable[..., Any]) -> dict[str, str]:
 
     They reach the functions, classes and constants of semids that their code names, and those that these name
     in turn; a class counts whole. What they are handed (a member of a family) is to be given as a function, too.
-    A method reaches the methods of its class that it names, and the bases of the class.
+    A method reaches the methods and values of its class that it names, and the bases of the class.
     """
     with _parsing:
         return _code_digest(functions)
@@ -149,7 +149,13 @@ def _definition(module: str, name: str) -> _Definition:
         methods = {node.name: node for found in classes for node in found.body if isinstance(node, ast.FunctionDef)}
         used = {node.attr for node in ast.walk(methods[method]) if isinstance(node, ast.Attribute)}
         names |= {(module, f"{owner}.{other}") for other in used & methods.keys()}
-        nodes = [methods[method], *(base for found in classes for base in found.bases)]
+        values = [
+            node
+            for found in classes
+            for node in found.body
+            if isinstance(node, ast.Assign | ast.AnnAssign) and used.intersection(_defined(node))
+        ]
+        nodes = [methods[method], *values, *(base for found in classes for base in found.bases)]
     for node in (found for part in nodes for found in ast.walk(part)):
         if isinstance(node, ast.Name) and (node.id in source.statements or node.id in source.imports):
             names.add((module, node.id))

@@ -26,8 +26,8 @@ class CodebookFit:
 
     Args:
         codebook: (K, d) float32 codewords.
-        mean_squared_error: mean squared distance of the training rows to their codeword, in squared units
-            of the vectors.
+        mean_squared_error: mean squared distance of the training rows to their codeword before the last Lloyd step
+            moved it, in squared units of the vectors: no less than that to the codebook.
         distinct_codewords: below K when the rows have fewer distinct values than the codebook has codewords.
     """
 

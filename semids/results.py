@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from semids.config import BuildConfig, CommonConfig, write_config
-from semids.errors import StorageError, UsageError
+from semids.errors import CorruptionError, StorageError, UsageError
 from semids.items import is_vectors
 from semids.readers import COMPRESSIONS, FORMATS
 from semids.report import Report
 from semids.reporting import read_report
-from semids.stages import MANIFEST, Ref, StageReader, reference
-from semids.store import TEMPORARY_PREFIX, commit_bytes
+from semids.stages import Ref, StageReader, reference
+from semids.store import (
+    TEMPORARY_PREFIX,
+    FileRecord,
+    commit_bytes,
+    commit_sealed_json,
+    digest_json,
+    read_sealed_json,
+)
 
 RESULTS = "results"
+RECORD = "record.json"
+LONGEST_NAME = 100
 CATALOGUE_SUFFIXES = {*FORMATS, *COMPRESSIONS}
 
 log = logging.getLogger("semids")
@@ -43,11 +53,19 @@ def results_folder(config: CommonConfig) -> Path:
         name = Path(name).stem
     parts = [name] if is_vectors(config.catalogue) else [name, config.make_embedder().short_name]
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")
+    if len(plain) > LONGEST_NAME:
+        plain = f"{plain[:LONGEST_NAME]}-{digest_json(plain)[:8]}"
     return Path(config.out).resolve() / RESULTS / (plain or "catalogue")
 
 
-def publish(config: BuildConfig, refs: CellRefs) -> Path:
-    """Show a configuration's outputs under its label: itself, and links into the stages, replaced one by one.
+def publish(config: BuildConfig, refs: CellRefs, *, encoded: bool = False) -> Path:
+    """Show a configuration's outputs under its label: links into the stages, and the configuration.
+
+    What is shown is on record, so that `check_results` finds what was put in its place.
+
+    Args:
+        encoded: the IDs are those that a frozen model gave to new items, not those it was trained on; their
+            configuration alone does not make them, so none is written.
 
     Returns:
         The folder with the links.
@@ -56,56 +74,79 @@ def publish(config: BuildConfig, refs: CellRefs) -> Path:
     links = {"model": Path(refs.model.path)}
     for ref in (refs.ids, refs.report):
         links |= {name: Path(ref.path) / name for name in StageReader(ref.path).manifest["files"]}
+    made_by = config.model_dump(mode="json") | ({"model": refs.model.fingerprint} if encoded else {})
+    record: dict[str, Any] = {"made_by": made_by, "links": {n: os.path.relpath(to, shown) for n, to in links.items()}}
+    before = _read_record(shown)
+    _warn_of_another(shown, before, made_by)
+    files = {} if encoded else {"config.yaml": write_config(config).encode()}
+    if before is None or {**before, "files": {}} != {**record, "files": {}}:
+        # Until all of it is shown, nothing is on record.
+        (shown / RECORD).unlink(missing_ok=True)
     try:
         shown.mkdir(parents=True, exist_ok=True)
         for abandoned in shown.glob(f"{TEMPORARY_PREFIX}*"):
             abandoned.unlink()
-        for name, target in links.items():
-            relative = os.path.relpath(target, shown)
-            link = shown / name
-            if link.is_symlink() and os.readlink(link) == relative:  # noqa: PTH115
-                continue
-            temporary = shown / f"{TEMPORARY_PREFIX}{name}-{os.getpid()}"
-            temporary.symlink_to(relative)
-            temporary.replace(link)
+        for name, relative in record["links"].items():
+            _link(shown / name, relative)
+        if encoded:
+            (shown / "config.yaml").unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot link the results in {shown}: {error.strerror}; run again") from error
-    _record_config(shown / "config.yaml", config)
+    show_files(shown, files, record)
     return shown
 
 
-def _record_config(path: Path, config: BuildConfig) -> None:
-    text = write_config(config).encode()
-    if path.exists():
-        if path.read_bytes() == text:
-            return
-        before, now = (_leaves(yaml.safe_load(data)) for data in (path.read_bytes(), text))
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+def show_files(shown: Path, files: Mapping[str, bytes], record: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Commit small files of results where they are not there already, and put them on record.
+
+    Args:
+        record: what else is to be on record, as JSON.
+    """
+    for name, data in files.items():
+        if not (shown / name).is_file() or (shown / name).read_bytes() != data:
+            commit_bytes(shown / name, data)
+    digests = {name: vars(FileRecord(len(data), hashlib.sha256(data).hexdigest())) for name, data in files.items()}
+    whole = {**record, "files": digests}
+    if _read_record(shown) != whole:
+        commit_sealed_json(shown / RECORD, whole)
+
+
+def _link(link: Path, relative: str) -> None:
+    if link.is_symlink() and os.readlink(link) == relative:  # noqa: PTH115
+        return
+    temporary = link.with_name(f"{TEMPORARY_PREFIX}{link.name}-{os.getpid()}")
+    temporary.symlink_to(relative)
+    temporary.replace(link)
+
+
+def _read_record(shown: Path) -> dict[str, Any] | None:
+    """Return what a folder of results shows; None where nothing tells, or what tells was changed."""
+    try:
+        return read_sealed_json(shown / RECORD) if (shown / RECORD).exists() else None
+    except CorruptionError as error:
+        log.warning("%s; it is written again", error)
+        return None
+
+
+def _warn_of_another(shown: Path, before: Mapping[str, Any] | None, made_by: Mapping[str, Any]) -> None:
+    if before is None:
+        return
+    was, now = _leaves(before["made_by"]), _leaves(made_by)
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if changed:
         log.warning(
             "%s now shows another configuration (%s); what it showed before is still under stages, and running that "
             "configuration shows it again",
-            path.parent,
+            shown,
             ", ".join(changed),
         )
-    commit_bytes(path, text)
 
 
-def _leaves(values: dict[str, Any], place: str = "") -> dict[str, Any]:
+def _leaves(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in values.items():
         leaves |= _leaves(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
     return leaves
-
-
-def broken_links(folder: Path) -> list[str]:
-    """Return what is wrong with the results that a run folder shows, a line each."""
-    faults: list[str] = []
-    for link in sorted(path for path in (folder / RESULTS).glob("*/*/*") if path.is_symlink()):
-        target = link.resolve()
-        stage = target if link.name == "model" else target.parent
-        if not target.exists() or not (stage / MANIFEST).exists():
-            faults.append(f"{link} leads to {target}, which is missing or unfinished; run again to rebuild it")
-    return faults
 
 
 def published_reports(folder: Path) -> list[Report]:

@@ -13,7 +13,7 @@ from semids.progress import Progress
 from semids.readers import find_files
 from semids.reporting import write_report
 from semids.results import CellRefs
-from semids.stages import Ref, Stage, StageReader, find_stage, reference, run_stage
+from semids.stages import MANIFEST, Ref, Stage, StageReader, find_stage, reference, run_stage
 
 
 def local_runner(folder: Path, progress: Progress) -> Runner:
@@ -101,6 +101,9 @@ def encode_items(config: BuildConfig, model_folder: Path, run: Runner) -> CellRe
 
 
 def _model_in(folder: Path) -> Ref:
+    if not (folder / MANIFEST).exists():
+        hint = f"; did you mean {folder / 'model'}?" if (folder / "model" / MANIFEST).exists() else ""
+        raise UsageError(f"expected a model folder, got {folder}, which holds no finished stage{hint}")
     model = reference(folder)
     if model.stage != "model":
         raise UsageError(f"expected a model folder, got the stage {model.stage!r} in {folder}")

@@ -130,6 +130,10 @@ def read_code_columns(path: Path, sizes: Sequence[int] | None) -> Codes:
     names = [f"c{level}" for level in range(len(LETTERS)) if f"c{level}" in frame.columns]
     if not names or names[-1] != f"c{len(names) - 1}":
         raise UsageError(f"{path}: expected code columns c0, c1, …, got {', '.join(frame.columns)}")
+    if sizes is not None and len(sizes) != len(names):
+        raise UsageError(
+            f"{path} has {len(names)} columns of codes, got a shape of {len(sizes)} levels: give their own"
+        )
     wrong = [name for name in names if not frame.schema[name].is_integer() or frame[name].null_count()]
     if wrong:
         raise UsageError(f"{path}: expected integer codes without nulls, got others in {', '.join(wrong)}")

@@ -63,9 +63,10 @@ def write_shards(
         The record of every `.npy` file written or kept, by file name.
 
     Raises:
-        UsageError: an interrupted run of the step left shards of another origin.
+        UsageError: `folder` holds shards of another origin; see `check_origin`.
         CorruptionError: a finished shard was changed.
     """
+    check_origin(folder, fingerprint, origin)
     records: dict[str, FileRecord] = {}
     for shard in range(layout.shards):
         start, stop = layout.bounds(shard)
@@ -87,6 +88,21 @@ def write_shards(
     return records
 
 
+def check_origin(folder: Path, fingerprint: str, origin: str) -> None:
+    """Refuse to go on with a step whose finished shards came from elsewhere.
+
+    Raises:
+        UsageError: a shard of the step is of another origin. Nothing was changed.
+    """
+    for sidecar in sorted(folder.glob("*-[0-9]*.json")):
+        body = read_sealed_json(sidecar)
+        if body["fingerprint"] == fingerprint and body["origin"] != origin:
+            raise UsageError(
+                f"{sidecar.with_suffix('.npy')} was {body['origin']}, and its array is unfinished or has lost a part; "
+                "repeat that run to complete it, or delete the folder to begin anew"
+            )
+
+
 def _save(path: Path, array: NDArray[Any]) -> None:
     with path.open("wb") as file:
         np.save(file, array, allow_pickle=False)
@@ -99,11 +115,6 @@ def _finished_shard(path: Path, expected: dict[str, Any]) -> FileRecord | None:
     body = read_sealed_json(sidecar)
     if body["fingerprint"] != expected["fingerprint"]:
         return None
-    if body["origin"] != expected["origin"]:
-        raise UsageError(
-            f"{path} was {body['origin']}, and an interrupted run left it unfinished; "
-            "repeat that run to finish it, or delete the folder to begin anew"
-        )
     if any(body[key] != value for key, value in expected.items()):
         return None
     record = FileRecord(body["bytes"], body["sha256"])

@@ -17,9 +17,9 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from semids.errors import CorruptionError, StorageError
+from semids.errors import CorruptionError
 from semids.progress import Progress, silent
-from semids.shards import COMPUTED, ShardedArray, ShardLayout, shard_name, write_shards
+from semids.shards import COMPUTED, ShardedArray, ShardLayout, check_origin, shard_name, write_shards
 from semids.store import (
     TEMPORARY_PREFIX,
     FileRecord,
@@ -53,7 +53,7 @@ class Ref(BaseModel):
     def is_present(self) -> bool:
         """True if the folder still holds exactly this stage's files, every byte as recorded."""
         try:
-            manifest = _read_manifest(Path(self.path))
+            manifest = read_manifest(Path(self.path))
             if manifest is None or manifest["digest"] != self.digest:
                 return False
             _check_files(Path(self.path), manifest)
@@ -70,12 +70,15 @@ class Stage:
         ingredients: input digests, parameters, model and code digests, as JSON; hashed to the fingerprint
             and kept in the manifest, so that two runs can be compared ingredient by ingredient.
         build: writes the outputs and returns a summary, as JSON, that depends on nothing but the ingredients.
+        origin: where the outputs come from, if this stage does not compute them; what another origin left
+            unfinished is refused.
     """
 
     name: str
     title: str
     ingredients: Mapping[str, Any]
     build: Callable[[StageOutput], dict[str, Any]] = field(repr=False)
+    origin: str = COMPUTED
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +89,8 @@ class Stage:
 class StageOutput:
     """Where a stage's build function writes: every file goes through the commit helper and is recorded."""
 
-    def __init__(self, folder: Path, fingerprint: str, progress: Progress) -> None:
+    def __init__(self, folder: Path, fingerprint: str, progress: Progress, origin: str = COMPUTED) -> None:
+        self.origin = origin
         self.folder = folder
         self.fingerprint = fingerprint
         self.progress = progress
@@ -106,9 +110,7 @@ class StageOutput:
         """Commit a small file held in memory."""
         self.files[name] = commit_bytes(self.folder / name, data)
 
-    def write_shards(
-        self, name: str, layout: ShardLayout, produce: Callable[[int, int], NDArray[Any]], *, origin: str = COMPUTED
-    ) -> None:
+    def write_shards(self, name: str, layout: ShardLayout, produce: Callable[[int, int], NDArray[Any]]) -> None:
         """Commit a sharded array, keeping shards that an interrupted run finished; see `shards.write_shards`."""
         self.arrays[name] = layout
         self.files |= write_shards(
@@ -117,7 +119,7 @@ class StageOutput:
             layout,
             produce,
             fingerprint=self.fingerprint,
-            origin=origin,
+            origin=self.origin,
             progress=self.progress,
         )
 
@@ -136,7 +138,7 @@ class StageReader:
             CorruptionError: there is no manifest, or it was changed after it was written.
         """
         self.folder = Path(folder)
-        manifest = _read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         if manifest is None:
             raise CorruptionError(f"{self.folder} holds no finished stage: {MANIFEST} is missing; run again")
         self.manifest = manifest
@@ -189,11 +191,11 @@ def find_stage(folder: Path, stage: Stage) -> Ref | None:
         CorruptionError: an output file was changed after it was written, or the folder holds another stage's.
     """
     target = _folder_of(folder, stage)
-    manifest = _read_manifest(target)
+    manifest = read_manifest(target)
     if manifest is None:
         return None
     if manifest["fingerprint"] != stage.fingerprint:
-        raise CorruptionError(_stranger(target))
+        raise CorruptionError(stranger_message(target))
     if _missing_files(target, manifest):
         return None
     _check_files(target, manifest)
@@ -205,15 +207,17 @@ def _folder_of(folder: Path, stage: Stage) -> Path:
     return folder.resolve() / "stages" / f"{stage.name}-{stage.fingerprint[:16]}"
 
 
-def _stranger(target: Path) -> str:
+def stranger_message(target: Path) -> str:
+    """Return what to say of a folder whose manifest is that of another stage."""
     return f"{target / MANIFEST} is that of another stage, moved here; delete its folder and run again to rebuild it"
 
 
 def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
+    check_origin(target, stage.fingerprint, stage.origin)
     (target / MANIFEST).unlink(missing_ok=True)
     _remove_temporaries(target)
     started = time.monotonic()
-    output = StageOutput(target, stage.fingerprint, progress)
+    output = StageOutput(target, stage.fingerprint, progress, stage.origin)
     summary = stage.build(output)
     _remove_temporaries(target)
     seconds = time.monotonic() - started
@@ -241,57 +245,6 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     return manifest
 
 
-@dataclass
-class Verification:
-    """What a look at every committed file found.
-
-    Args:
-        checked: number of files.
-        faults: what is wrong, a line each.
-        unfinished: folders of stages without a manifest: interrupted, or under way.
-    """
-
-    checked: int = 0
-    faults: list[str] = field(default_factory=list[str])
-    unfinished: list[Path] = field(default_factory=list[Path])
-
-
-def verify_stages(folder: Path) -> Verification:
-    """Check every committed file of the stages under a run folder."""
-    found = Verification()
-    for target in sorted(path for path in (folder / "stages").iterdir() if not path.name.startswith(".")):
-        _verify_stage(target, found)
-    return found
-
-
-def _verify_stage(target: Path, found: Verification) -> None:
-    sidecars = {path.name for path in target.glob("*-[0-9]*.json")}
-    records: dict[str, FileRecord] = {}
-    try:
-        manifest = _read_manifest(target)
-        if manifest is None:
-            found.unfinished.append(target)
-        else:
-            found.checked += 1
-            if target.name != f"{manifest['stage']}-{manifest['fingerprint'][:16]}":
-                found.faults.append(_stranger(target))
-            records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
-    except CorruptionError as error:
-        found.faults.append(str(error))
-    # Sidecars first: without a manifest they say what the shards were.
-    for name in [*sorted(sidecars), *sorted({str(Path(name).with_suffix(".npy")) for name in sidecars} | {*records})]:
-        try:
-            if name in sidecars:
-                found.checked += 1
-                body = read_sealed_json(target / name)
-                records.setdefault(str(Path(name).with_suffix(".npy")), FileRecord(body["bytes"], body["sha256"]))
-            elif name in records:
-                found.checked += 1
-                check_file(target / name, records[name])
-        except (CorruptionError, StorageError) as error:
-            found.faults.append(str(error))
-
-
 def peak_rss_bytes() -> int:
     """Return the largest resident memory this process has had, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -309,7 +262,12 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _read_manifest(target: Path) -> dict[str, Any] | None:
+def read_manifest(target: Path) -> dict[str, Any] | None:
+    """Return the manifest in a stage's folder, None where the stage is not finished.
+
+    Raises:
+        CorruptionError: it was changed.
+    """
     path = target / MANIFEST
     return read_sealed_json(path) if path.exists() else None
 

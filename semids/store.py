@@ -194,6 +194,10 @@ def run_lock(folder: Path) -> Generator[None]:
             except (FileExistsError, NotADirectoryError) as error:
                 raise UsageError(f"expected a folder to work in, got {folder}: a file lies there") from error
             except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise UsageError(
+                        f"expected a folder to work in, got a name too long for the disk: {folder}"
+                    ) from error
                 raise _storage_error("lock", folder, error) from error
         _held_locks[folder].holders += 1
     try:

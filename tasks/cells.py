@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,12 +22,13 @@ from pydantic import BaseModel, ConfigDict
 
 from semids import results, runs
 from semids.config import BuildConfig, CommonConfig, SweepConfig
+from semids.errors import SemidsError
 from semids.page import render_markdown
 from semids.plots import plot_comparison
 from semids.report import FailedCell, comparison_rows, format_table, render_comparison
 from semids.reporting import read_report
 from semids.stages import Ref, StageReader
-from semids.store import commit_bytes, run_lock
+from semids.store import run_lock
 
 COMPARISON_KEY = "sweep-comparison"
 
@@ -119,9 +121,7 @@ def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -
         "comparison.json": (json.dumps(rows, indent=1) + "\n").encode(),
         "comparison.md": _with_plot(table, "comparison.png" if plot else None).encode(),
     } | ({"comparison.png": plot} if plot else {})
-    for name, data in files.items():
-        if not (folder / name).exists() or (folder / name).read_bytes() != data:
-            commit_bytes(folder / name, data)
+    results.show_files(folder, files)
     create_markdown_artifact(
         _with_plot(table, _data_uri(plot) if plot else None),
         key=COMPARISON_KEY,
@@ -155,7 +155,13 @@ def print_comparison(config: SweepConfig, state: State[Any]) -> int:
     return int(any(row["status"].startswith("failed") for row in rows))
 
 
-def print_outcome(config: BuildConfig, outcome: CellOutcome) -> None:
-    """Print a configuration's figures and where everything is."""
+def print_outcome(config: BuildConfig, state: State[CellOutcome]) -> int:
+    """Print a configuration's figures and where everything is; return the exit code, that of the error if it failed."""
+    if state.is_failed() or state.is_crashed():
+        error = state.result(raise_on_failure=False)
+        print(f"The build did not finish: {state.message}", file=sys.stderr)
+        return error.exit_code if isinstance(error, SemidsError) else 1
+    outcome = state.result()
     print(f"\n{format_table(comparison_rows([read_report(outcome.report)]))}\n")
     print(f"Report, plots, IDs, model   {results.results_folder(config) / outcome.label}")
+    return 0

@@ -1,8 +1,31 @@
-"""What flows take as parameters."""
+"""What flows take as parameters, and how they are started from a shell."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from semids.cli import exit_code_of
 from semids.config import BuildConfig, SweepConfig, read_config
+from semids.errors import UsageError
 from semids.stages import Ref
 
-__all__ = ["BuildConfig", "Ref", "SweepConfig", "read_config"]
+__all__ = ["BuildConfig", "Ref", "SweepConfig", "start"]
+
+
+def start(kind: type[BuildConfig] | type[SweepConfig], run: Callable[[Any], int]) -> int:
+    """Run a flow on the configuration file that the command line names, and return the exit code.
+
+    Wrong usage ends with the command line's own code and message; an error within the flow, which Prefect has logged,
+    with 1.
+    """
+
+    def read() -> int:
+        if len(sys.argv) != 2:
+            raise UsageError("expected one argument, the YAML file of the configuration")
+        configured.append(read_config(sys.argv[1], kind))
+        return 0
+
+    configured: list[Any] = []
+    return exit_code_of(read) or run(configured[0])

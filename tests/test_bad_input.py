@@ -22,8 +22,8 @@ from small_runs import ROOT, TIMEOUT_S, published, tokenize_arguments, write_cat
 
 from semids import store
 from semids.cli import main
-from semids.stages import verify_stages
 from semids.store import run_lock
+from semids.verification import verify_run
 
 fork = multiprocessing.get_context("fork")
 USAGE, DATA, STORAGE, BUSY = 64, 65, 74, 75
@@ -66,7 +66,7 @@ OPTIONS: list[tuple[list[str], int, str]] = [
     (["--set", "seed.deeper=5"], USAGE, "seed: Input should be a valid integer"),
     (["--seed", "1", "--set", "seed.deeper=5"], USAGE, "got 'seed.deeper': 'seed' has nothing inside"),
     (["--set", "catalogue.path.deeper=5"], USAGE, "'path' has nothing inside"),
-    (["--set", "=5"], USAGE, ": Extra inputs are not permitted"),
+    (["--set", "=5"], USAGE, "expected --set KEY=VALUE, got"),
     (["--set", "catalogue.max_quarantine_fraction=2"], USAGE, "less than or equal to 1"),
     (["--text-column", "text"], USAGE, ".npy files have no columns, got text_column"),
     (["--nonsense"], USAGE, "unrecognized arguments: --nonsense"),
@@ -270,7 +270,7 @@ def test_a_full_disk_ends_with_74_and_names_the_path_and_a_re_run_succeeds(
     assert name in said
     assert not list((tmp_path / "run").rglob(".tmp-*"))
     assert main(arguments) == 0
-    assert verify_stages(tmp_path / "run").faults == []
+    assert verify_run(tmp_path / "run").faults == []
 
 
 def test_a_file_where_the_run_folder_should_be_is_a_usage_error(

@@ -325,6 +325,27 @@ def test_a_helper_that_an_inheriting_quantizer_overrides_is_part_of_its_steps(pr
     assert project.made_since(before) == {*CODEBOOKS, *UNIFORM, "model", "codes", "report"}
 
 
+def give_value(value: int) -> Callable[[ast.Module], None]:
+    """Let the class have a value that its way of balancing reads."""
+
+    def edit(tree: ast.Module) -> None:
+        (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ResidualKMeans"]
+        found.body.insert(0, ast.parse(f"spare = {value}").body[0])
+        for function in (node for node in found.body if isinstance(node, ast.FunctionDef)):
+            if function.name == "_balance_codebook":
+                function.body.insert(0, ast.parse("_unused = self.spare").body[0])
+
+    return edit
+
+
+def test_a_value_of_a_class_is_part_of_the_steps_that_read_it(project: Project) -> None:
+    """Guard: `values` in `fingerprints._definition`."""
+    run_copy(project, {"quantizers/residual_kmeans.py": give_value(1)})
+    before = project.stages()
+    run_copy(project, {"quantizers/residual_kmeans.py": give_value(2)})
+    assert project.made_since(before) == UNIFORM
+
+
 def test_new_items_are_encoded_by_a_model_trained_on_adopted_vectors(project: Project) -> None:
     (vectors,) = project.run.glob("stages/vectors-*")
     adopted = [str(project.folder / "adopted") if part == str(project.run) else part for part in project.arguments()]

@@ -119,7 +119,7 @@ def test_what_the_model_decides_cannot_be_told_otherwise(
 ) -> None:
     arguments = ["encode", trained.model, str(trained.catalogue), "--out", str(tmp_path / "new"), "--set", setting]
     assert main(arguments) == 64
-    assert f"encode takes {setting.partition('=')[0]} from the model" in capsys.readouterr().err
+    assert f"encode cannot set {setting.partition('=')[0]}: codes come from the model" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -147,3 +147,34 @@ def test_vectors_may_come_in_another_file_format_than_those_trained_on(
     assert main(["encode", model, *inputs[second], "--out", str(tmp_path / "new")]) == 0
     written = [(published(tmp_path / name) / "semantic_ids.parquet").read_bytes() for name in ("old", "new")]
     assert written[0] == written[1]
+
+
+def test_ids_that_another_model_gave_are_not_replaced_in_silence(
+    vectors_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = []
+    for seed in (1, 2):
+        np.save(tmp_path / f"train{seed}.npy", clustered_vectors(300, 12, seed=seed))
+        out = tmp_path / f"run{seed}"
+        assert main(["tokenize", str(tmp_path / f"train{seed}.npy"), "--shape", "8x4", "--out", str(out)]) == 0
+        models.append(str(published(out) / "model"))
+    arguments = [str(vectors_file), "--out", str(tmp_path / "new")]
+    for model in (models[0], models[0]):
+        assert main(["encode", model, *arguments]) == 0
+    assert not caplog.messages
+    assert main(["encode", models[1], *arguments]) == 0
+    (warning,) = caplog.messages
+    assert "now shows another configuration (model)" in warning
+    # What tokenize would make of this configuration is something else.
+    assert not (published(tmp_path / "new") / "config.yaml").exists()
+    assert main(["verify", str(tmp_path / "new")]) == 0
+
+
+@pytest.mark.parametrize("place", ["nowhere", "run/results"])
+def test_what_is_no_model_is_a_usage_error(
+    place: str, trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / place if place == "nowhere" else published(trained.out)
+    assert main(["encode", str(folder), str(trained.catalogue), "--out", str(tmp_path / "new")]) == 64
+    hint = f"; did you mean {folder / 'model'}?" if place != "nowhere" else ""
+    assert f"expected a model folder, got {folder}, which holds no finished stage{hint}" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from semids.config import BuildConfig, SweepConfig
 from semids.results import results_folder
 from semids.stages import StageReader
 from semids.store import run_lock
+from tasks.parameters import start
 
 # One server for the module: starting one takes ten seconds and more.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect")]
@@ -199,3 +200,26 @@ def test_prefect_never_answers_with_the_files_of_another_folder(
         for ref in (outcome.model, outcome.ids, outcome.report):
             assert Path(ref.path).is_relative_to(tmp_path / place / out)
             assert ref.is_present()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 64, "expected one argument, the YAML file of the configuration"),
+        (["absent.yaml"], 64, "cannot read the configuration absent.yaml"),
+        (["list.yaml"], 64, "expected keys and values, got list"),
+    ],
+)
+def test_wrong_usage_of_a_flow_ends_as_that_of_the_command_line_does(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "list.yaml").write_text("- 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["flows.build", *arguments])
+    assert start(BuildConfig, lambda config: pytest.fail("the flow was started")) == code
+    assert message in capsys.readouterr().err

@@ -26,7 +26,8 @@ from semids.cli import main
 from semids.errors import CorruptionError
 from semids.progress import silent
 from semids.shards import ShardLayout
-from semids.stages import StageReader, verify_stages
+from semids.stages import StageReader
+from semids.verification import verify_run
 
 FLIPS_A_FILE = 5
 
@@ -82,17 +83,17 @@ def test_verify_finds_every_flipped_bit_and_names_its_file(run: tuple[Path, list
     rng = np.random.default_rng(0)
     files = committed_files(run[0])
     assert {path.suffix for path in files} == {".json", ".npy", ".parquet", ".safetensors", ".png", ".md"}
-    assert verify_stages(run[0]).faults == []
+    assert verify_run(run[0]).faults == []
     tried = 0
     for path in files:
         for bit in rng.integers(8 * path.stat().st_size, size=FLIPS_A_FILE).tolist():
             flip(path, bit)
-            faults = verify_stages(run[0]).faults
+            faults = verify_run(run[0]).faults
             assert any(str(path) in fault for fault in faults), f"bit {bit} of {path}"
             flip(path, bit)
             tried += 1
     assert tried >= 200
-    assert verify_stages(run[0]).faults == []
+    assert verify_run(run[0]).faults == []
 
 
 def test_an_ordinary_run_ends_with_65_and_names_the_file_with_a_flipped_bit(
@@ -180,7 +181,7 @@ def test_a_missing_file_is_made_again_with_no_other_shard(
     assert main(arguments) == 0
     assert made_again(folder, before) == again
     assert ids(folder) == expected
-    assert verify_stages(folder).faults == []
+    assert verify_run(folder).faults == []
 
 
 def test_a_shard_made_again_to_other_bytes_is_not_judged_by_its_old_sidecar(

@@ -17,8 +17,8 @@ from small_runs import (
     write_catalogue,
 )
 
-from semids.stages import verify_stages
 from semids.store import read_sealed_json
+from semids.verification import verify_run
 
 POINTS = 72
 CHUNKS = 12
@@ -106,7 +106,7 @@ def check_equal(run: Path, undisturbed: Undisturbed) -> None:
     ]
     assert digests[0].keys() == digests[1].keys()
     assert all(digests[0][name] == digests[1][name] for name in digests[0] if not name.startswith("report-"))
-    assert verify_stages(run).faults == []
+    assert verify_run(run).faults == []
     assert list(run.rglob(".tmp-*")) == []
 
 

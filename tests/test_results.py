@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,53 @@ def test_verify_tells_of_unfinished_stages_and_of_results_that_lead_nowhere(
     (ids,) = run.glob("stages/ids-*")
     shutil.rmtree(ids)
     assert main(["verify", str(run)]) == 65
-    assert f"tokens.json leads to {ids / 'tokens.json'}, which is missing" in capsys.readouterr().err
+    assert f"tokens.json leads to {ids / 'tokens.json'}, which is missing or unfinished" in capsys.readouterr().err
     assert main(arguments) == 0
     assert main(["verify", str(run)]) == 0
+
+
+def replace_link_by_copy(shown: Path) -> None:
+    data = (shown / "semantic_ids.parquet").read_bytes()
+    (shown / "semantic_ids.parquet").unlink()
+    (shown / "semantic_ids.parquet").write_bytes(data)
+
+
+def point_link_elsewhere(shown: Path) -> None:
+    (shown / "tokens.json").unlink()
+    (shown / "tokens.json").symlink_to("vocabulary.json")
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda shown: (shown / name).write_text(text) and None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (replace_link_by_copy, "semantic_ids.parquet is no longer the link"),
+        (point_link_elsewhere, "tokens.json is no longer the link"),
+        (write("config.yaml", "shape: 2x2"), "config.yaml: expected"),
+        (write("config.yaml", "- 1"), "config.yaml: expected"),
+        (write("record.json", "{}"), "record.json: its content does not match"),
+        (write("record.json", "a: ["), "record.json: its content does not match"),
+    ],
+)
+def test_changed_results_are_found_by_verify_and_mended_by_a_run(
+    change: Callable[[Path], None], named: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.save(tmp_path / "vectors.npy", clustered_vectors(200, 8))
+    run = tmp_path / "run"
+    arguments = ["tokenize", str(tmp_path / "vectors.npy"), "--shape", "4x4", "--out", str(run)]
+    assert main(arguments) == 0
+    change(published(run))
+    assert main(["verify", str(run)]) == 65
+    assert named in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert main(["verify", str(run)]) == 0
+
+
+def test_a_catalogue_of_a_long_name_is_shown_under_a_shorter_one(tmp_path: Path) -> None:
+    catalogue = tmp_path / f"{'long' * 60}.npy"
+    np.save(catalogue, clustered_vectors(200, 8))
+    assert main(["tokenize", str(catalogue), "--shape", "4x4", "--out", str(tmp_path / "run")]) == 0
+    assert len(published(tmp_path / "run").parent.name) < 120

@@ -92,6 +92,12 @@ class Checkpoint:
         limits = (config.get("max_position_embeddings"), self._read("tokenizer_config.json").get("model_max_length"))
         return min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)
 
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the model's vectors, as config.json names it; None where it names none."""
+        config = self.config.get("text_config") or self.config
+        return config.get("hidden_size")
+
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         return read_json(path) if path.is_file() else {}

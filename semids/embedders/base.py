@@ -60,6 +60,11 @@ class Embedder(ABC):
     def dimensions(self) -> int:
         """Width d of a vector. Only after `load`."""
 
+    @property
+    def declared_dimensions(self) -> int | None:
+        """The width that the model's files declare, without loading it; None where they do not."""
+        return None
+
     @abstractmethod
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> NDArray[np.float32]:
         """Return (len(texts), d) float32 rows of unit norm, in the order of the texts. Only after `load`."""

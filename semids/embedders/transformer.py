@@ -141,6 +141,11 @@ class TransformerEmbedder(Embedder):
         """Width d of a vector. Only after `load`."""
         return self._loaded.width
 
+    @property
+    def declared_dimensions(self) -> int | None:
+        """The width asked for, else the hidden size that config.json names."""
+        return self.settings.dimensions or self._checkpoint.hidden_size
+
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> NDArray[np.float32]:
         """Return (len(texts), d) float32 rows of unit norm, in the order of the texts. Only after `load`.
 
