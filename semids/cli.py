@@ -245,8 +245,8 @@ def _verify(parsed: argparse.Namespace) -> None:
 
 def _sample(parsed: argparse.Namespace) -> None:
     path = Path(parsed.path)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"expected a file to write in a folder that exists, got {parsed.path}")
+    if path.is_dir():
+        raise UsageError(f"expected a file to write, got the folder {parsed.path}")
     commit(path, write_sample_catalogue)
     print(f"Sample catalogue: {parsed.path}")
 

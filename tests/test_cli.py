@@ -125,3 +125,10 @@ def test_usage_errors_end_with_64_and_say_what_to_do(tmp_path: Path, capsys: pyt
     ):
         assert main(arguments) == 64, arguments
         assert message in capsys.readouterr().err
+
+
+def test_the_sample_is_written_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["sample", str(tmp_path / "new" / "sample.parquet")]) == 0
+    assert pl.scan_parquet(tmp_path / "new" / "sample.parquet").select(pl.len()).collect().item() == 3000
+    assert main(["sample", str(tmp_path / "new")]) == 64
+    assert "expected a file to write, got the folder" in capsys.readouterr().err
