@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, format_shape
 from semids.config import QUANTIZERS, BuildConfig
 from semids.distortion import Distortion, NeighbourFigures, neighbour_figures
+from semids.encoding import read_codes
 from semids.fingerprints import code_digest, method_code
 from semids.kmeans import sample_rows
 from semids.metrics import measure_ids
 from semids.page import render_markdown
-from semids.pipeline import make_stage, multiplicities, read_codes, read_quantizer
+from semids.pipeline import make_stage, multiplicities, read_quantizer
 from semids.plots import plot_report
 from semids.progress import Progress
 from semids.report import Report, SplitFigures

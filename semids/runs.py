@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from semids import pipeline
+from semids import encoding, pipeline
 from semids.config import BuildConfig
 from semids.errors import DataError, UsageError
 from semids.pipeline import Runner
@@ -49,8 +49,8 @@ def build_cell(config: BuildConfig, items: Ref, vectors: Ref, run: Runner) -> Ce
     """Train, encode and report one configuration on vectors that are there."""
     pipeline.check_sizes(config, items)
     model = pipeline.train_quantizer(config, items, vectors, run)
-    codes = run(pipeline.encode_vectors(items, vectors, model))
-    ids = run(pipeline.assign_ids(config, items, codes))
+    codes = run(encoding.encode_vectors(items, vectors, model))
+    ids = run(encoding.assign_ids(config, items, codes))
     return CellRefs(model, ids, run(write_report(config, items, vectors, model, codes)))
 
 
@@ -95,8 +95,8 @@ def encode_items(config: BuildConfig, model_folder: Path, run: Runner) -> CellRe
             f"(they differ in {', '.join(different)}); pass the same --model, or train again"
         )
     vectors = run(stage)
-    codes = run(pipeline.encode_vectors(items, vectors, model))
-    ids = run(pipeline.assign_ids(config, items, codes))
+    codes = run(encoding.encode_vectors(items, vectors, model))
+    ids = run(encoding.assign_ids(config, items, codes))
     return CellRefs(model, ids, run(write_report(config, items, vectors, model, codes)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from semids import pipeline, reporting
+from semids import encoding, pipeline, reporting
 from semids.config import BuildConfig, CommonConfig
 from semids.stages import Ref, Stage
 from tasks.stage import run_as_task
@@ -33,12 +33,12 @@ def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
 
 def encode_vectors(config: CommonConfig, items: Ref, vectors: Ref, model: Ref) -> Ref:
     """Give every distinct content its codes."""
-    return run_as_task(config.out, pipeline.encode_vectors(items, vectors, model), hours=24, tags=("encoding", "gpu"))
+    return run_as_task(config.out, encoding.encode_vectors(items, vectors, model), hours=24, tags=("encoding", "gpu"))
 
 
 def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Ref:
     """Write the semantic IDs, tokens and vocabulary."""
-    return run_as_task(config.out, pipeline.assign_ids(config, items, codes), hours=12, tags=("ids",))
+    return run_as_task(config.out, encoding.assign_ids(config, items, codes), hours=12, tags=("ids",))
 
 
 def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Ref:
