@@ -15,7 +15,8 @@ from small_runs import TIMEOUT_S, published, stage_folders, tokenize_arguments, 
 from semids import pipeline, shards
 from semids.cli import main
 from semids.embedders.transformer import TransformerEmbedder
-from semids.pipeline import read_codes, read_quantizer
+from semids.encoding import read_codes
+from semids.pipeline import read_quantizer
 from semids.quantizers.base import FrozenQuantizer
 from semids.stages import StageReader, reference
 from semids.store import read_sealed_json

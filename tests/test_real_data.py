@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def industrial(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with both mappings of the real product vectors."""
     folder = tmp_path_factory.mktemp("industrial")
-    for mapping in ("nearest", "uniform"):
+    for mapping in ("nearest", "uniform", "capacity"):
         arguments = ["--shape", "16x16x16", "--mapping", mapping, "--out", str(folder)]
         assert main(["tokenize", str(real_data / "industrial_minilm_f16.npy"), *arguments]) == 0
     return folder
@@ -35,6 +35,14 @@ def report_of(folder: Path, mapping: str) -> dict[str, Any]:
 
 def test_nearest_reconstructs_as_well_as_the_reference(industrial: Path) -> None:
     assert report_of(industrial, "nearest")["relative_mse"][2] <= 0.70  # seen: 0.682
+
+
+def test_capacity_reaches_the_floor_for_a_few_percent_of_error(industrial: Path) -> None:
+    nearest, capacity = report_of(industrial, "nearest"), report_of(industrial, "capacity")
+    assert (capacity["unique_ids"], capacity["excess_collisions"]) == (3675, 0)
+    assert capacity["collision_rate"] == capacity["floor"]
+    assert capacity["largest_bucket_contents"] == 1
+    assert capacity["relative_mse"][2] <= 1.06 * nearest["relative_mse"][2]  # seen: 1.048
 
 
 def test_uniform_balances_every_level_for_a_percent_of_error(industrial: Path) -> None:
