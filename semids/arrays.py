@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,23 @@ def unusable_rows(vectors: Vectors) -> NDArray[np.int64]:
         norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64, casting="unsafe"))
     usable = np.isfinite(norms) & (norms >= SMALLEST_NORM) & (norms <= LARGEST_NORM)
     return np.flatnonzero(~usable)
+
+
+def widen(rows: Vectors, *, out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return `out`, (n, d) float32, filled with the (n, d) rows of any floating type."""
+    if rows.dtype == np.float16:
+        # PyTorch uses the processor's own conversion: 0.09 ns a number where NumPy takes 1.8. Imported here, since
+        # it takes seconds and most of the package does without.
+        import torch
+
+        with warnings.catch_warnings():
+            # The rows may be a read-only memory map, and are only read.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            source = torch.from_numpy(rows)
+        torch.from_numpy(out).copy_(source)
+    else:
+        out[...] = rows
+    return out
 
 
 def check_codes(codes: NDArray[Any], sizes: Sequence[int]) -> Codes:

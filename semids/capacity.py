@@ -19,8 +19,10 @@ EXACT_ENTRIES = 1 << 18
 RELATIVE_EPSILON = 0.01
 """Smoothing of prices over the standard deviation of the costs they are fitted to."""
 MAX_ITERATIONS = 60
-COST_BYTES = 1 << 30
+COST_BYTES = 256 << 20
 """Largest cost matrix that prices are fitted to: beyond, an evenly spaced part of the rows."""
+ROWS_PER_CHILD = 256
+"""Rows a child that prices are fitted to, where there are so many."""
 CHUNK_ROWS = 8192
 
 
@@ -158,8 +160,10 @@ def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
 def _fit_prices(
     costs: Costs, rows: int, children: int, loads: Loads, start: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.float32], bool]:
-    stride = max(1, rows * children * 4 // COST_BYTES)
-    sample = costs(np.arange(0, rows, stride))
+    most = min(COST_BYTES // (4 * children), ROWS_PER_CHILD * children)
+    sample = costs(np.arange(0, rows, max(1, rows // most)))
+    # A row's own constant decides nothing, and must not widen the smoothing.
+    sample -= sample.mean(axis=1, keepdims=True)
     epsilon = RELATIVE_EPSILON * standard_deviation(sample) or 1.0
     bounds = Shares(loads.least / rows, min(1.0, loads.most / rows))
     found = fit_potentials(sample, epsilon=epsilon, max_iterations=MAX_ITERATIONS, start=start, bounds=bounds)

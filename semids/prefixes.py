@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
-from semids.arrays import Codes, capacity_of, code_dtype
+from semids.arrays import Codes, capacity_of, code_dtype, widen
 from semids.capacity import Bounds, assign_group
-from semids.residual import PriceTable
+from semids.residual import PriceTable, ResidualCodebooks
 
-BLOCK_ROWS = 1 << 16
-"""Rows of small groups that are read at a time."""
+BLOCK_BYTES = 256 << 20
+"""Costs of small groups that are held at a time; those of a larger group are computed a part at a time, each time."""
+READ_ROWS = 8192
+"""Vectors read at a time."""
+SUM_ROWS = 1 << 16
+"""Vectors summed at a time in float32."""
 RIDGE = 1e-3
 """Pull of a codeword to where it was, in rows: it settles codewords that no row has, and sums that codebooks share."""
 
@@ -69,12 +74,13 @@ def assign_within_bounds(
     tables: list[PriceTable] = []
     moved: list[int] = []
     converged = True
+    quantizer = ResidualCodebooks(tuple(codebooks), tuple(np.zeros(size, np.float32) for size in sizes))
     for level, codebook in enumerate(codebooks):
         loads = bounds.below(capacity_of(sizes[level + 1 :]), rows, contents)
         found: dict[int, NDArray[np.float32]] = {}
         moved.append(0)
         finished = 0
-        for group, costs in _groups(take, codebooks, codes, prefixes, level):
+        for group, costs in _groups(take, quantizer, codes, prefixes, level):
             prefix = int(prefixes[group[0]])
             feasible = loads.feasible(len(group), len(codebook))
             before = start[level].find(prefix) if start is not None else None
@@ -100,29 +106,27 @@ def _table(found: dict[int, NDArray[np.float32]], size: int) -> PriceTable:
 
 
 def _groups(
-    take: Take, codebooks: Sequence[NDArray[np.float32]], codes: Codes, prefixes: NDArray[np.int64], level: int
+    take: Take, quantizer: ResidualCodebooks, codes: Codes, prefixes: NDArray[np.int64], level: int
 ) -> Iterator[tuple[NDArray[np.int64], Callable[[NDArray[np.int64]], NDArray[np.float32]]]]:
     """Yield the rows of each prefix, ascending, and what returns their costs on the level."""
-    squares = np.einsum("kd,kd->k", codebooks[level], codebooks[level])
 
     def costs_of(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        residuals = take(rows).astype(np.float32)
-        for before in range(level):
-            residuals -= codebooks[before][codes[rows, before]]
-        costs = residuals @ (-2 * codebooks[level].T)
-        costs += squares
-        costs += np.einsum("nd,nd->n", residuals, residuals)[:, None]
+        costs = np.empty((len(rows), quantizer.sizes[level]), np.float32)
+        for start in range(0, len(rows), READ_ROWS):
+            some = rows[start : start + READ_ROWS]
+            costs[start : start + READ_ROWS] = quantizer.costs(take(some), codes[some], level)
         return costs
 
+    block_rows = max(1, BLOCK_BYTES // (4 * quantizer.sizes[level]))
     order = np.argsort(prefixes, kind="stable")
     starts = np.flatnonzero(np.diff(prefixes[order], prepend=-1))
     ends = np.append(starts[1:], len(order))
     first = 0
     while first < len(starts):
         # As many whole groups as fit; a larger one alone, a part at a time.
-        last = max(first + 1, int(np.searchsorted(ends, starts[first] + BLOCK_ROWS, side="right")))
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + block_rows, side="right")))
         block = order[starts[first] : ends[last - 1]]
-        dense = costs_of(block) if len(block) <= BLOCK_ROWS else None
+        dense = costs_of(block) if len(block) <= block_rows else None
         for start, end in zip(starts[first:last], ends[first:last], strict=True):
             group = order[start:end]
             if dense is None:
@@ -152,15 +156,18 @@ def refit_jointly(
             gram[offsets[a] : offsets[a + 1], offsets[b] : offsets[b + 1]] = counts
     current = np.concatenate(codebooks).astype(np.float64)
     sums = RIDGE * current
-    for start in range(0, rows, BLOCK_ROWS):
-        block = np.arange(start, min(start + BLOCK_ROWS, rows))
-        vectors = take(block).astype(np.float32)
-        for level in range(len(sizes)):
-            order = np.argsort(codes[block, level], kind="stable")
-            used, firsts = np.unique(codes[block, level][order], return_index=True)
-            # float64 within the sum, too: a codeword of a large catalogue sums 100,000 rows.
-            sums[offsets[level] + used.astype(np.int64)] += np.add.reduceat(
-                vectors[order], firsts, axis=0, dtype=np.float64
-            )
+    for start in range(0, rows, SUM_ROWS):
+        block = np.arange(start, min(start + SUM_ROWS, rows))
+        chosen = csr_array(
+            (
+                np.ones(len(block) * len(sizes), np.float32),
+                (codes[block].astype(np.int64) + offsets[:-1]).ravel(),
+                np.arange(len(block) + 1) * len(sizes),
+            ),
+            shape=(len(block), total),
+        )
+        vectors = take(block)
+        # float32 within a block, float64 from block to block: a codeword of a large catalogue sums 100,000 rows.
+        sums += chosen.T @ widen(vectors, out=np.empty(vectors.shape, np.float32))
     solved = np.linalg.solve(gram + RIDGE * np.eye(total), sums).astype(np.float32)
     return tuple(solved[offsets[level] : offsets[level + 1]] for level in range(len(sizes)))

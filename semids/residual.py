@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype
+from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype, widen
 from semids.errors import ShapeError
 
 PRODUCT_BYTES = 1 << 30
@@ -60,6 +60,8 @@ class ResidualCodebooks:
         potentials: one (K_l,) float32 array a level, in squared units of the vectors: the code of a residual is
             argmin(squared distance − potential). All zero is the nearest mapping.
         prices: none, or a table a level: what the code of a residual is charged under the prefix before it, besides.
+        beam: paths kept at every level of the search for the least error (Babenko and Lempitsky 2014, section 3.1).
+            1 is greedy: the code of a level is final. Larger finds lower errors in more time, and takes no prices.
 
     Raises:
         ShapeError: no level, unequal widths, or potentials or prices that do not match their codebook.
@@ -68,6 +70,7 @@ class ResidualCodebooks:
     codebooks: tuple[NDArray[np.float32], ...]
     potentials: tuple[NDArray[np.float32], ...]
     prices: tuple[PriceTable, ...] = ()
+    beam: int = 1
     _scores: NDArray[np.float32] = field(init=False, repr=False, compare=False)
     _products: dict[tuple[int, int], NDArray[np.float32]] = field(init=False, repr=False, compare=False)
     _biases: tuple[NDArray[np.float32], ...] = field(init=False, repr=False, compare=False)
@@ -95,6 +98,9 @@ class ResidualCodebooks:
             np.einsum("kd,kd->k", codebook, codebook) - potential
             for codebook, potential in zip(self.codebooks, self.potentials, strict=True)
         )
+        for level in range(1, len(sizes)):
+            if products:
+                products[level - 1, level] += biases[level]  # One addition a row less.
         object.__setattr__(self, "_biases", biases)
 
     @property
@@ -108,7 +114,7 @@ class ResidualCodebooks:
         return self.codebooks[0].shape[1]
 
     def encode(self, vectors: Vectors) -> Codes:
-        """Return the (n, L) codes of (n, d) vectors, greedily level by level, in the smallest unsigned type.
+        """Return the (n, L) codes of (n, d) vectors in the smallest unsigned type.
 
         The code of a row is a function of that row and the codebooks alone, but for ties closer than
         float32 rounding, which may fall either way with the number of rows and threads of a product.
@@ -121,20 +127,27 @@ class ResidualCodebooks:
     def assign(self, rows: Vectors) -> Codes:
         """Return the codes of rows that are known to be finite and of the right width; zero rows are fine."""
         codes = np.empty((len(rows), len(self.sizes)), dtype=code_dtype(self.sizes))
-        encode = self._encode_chunk if self._products or len(self.sizes) == 1 else self._encode_residuals
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = rows[start : start + CHUNK_ROWS].astype(np.float32, copy=False)
-            codes[start : start + CHUNK_ROWS] = encode(chunk)
+        if self.beam > 1:
+            encode, step = self._search_chunk, max(1, CHUNK_ROWS // self.beam)
+        elif self._products or len(self.sizes) == 1:
+            encode, step = self._encode_chunk, CHUNK_ROWS
+        else:
+            encode, step = self._encode_residuals, CHUNK_ROWS
+        # Scores go to one place, whose memory is touched once.
+        scores = np.empty((min(step, len(rows)), self._scores.shape[1]), np.float32)
+        for part, chunk in _float32_chunks(rows, step):
+            codes[part] = encode(chunk, scores[: len(chunk)])
         return codes
 
-    def _encode_chunk(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-        scores = vectors @ self._scores
+    def _encode_chunk(self, vectors: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.int64]:
+        np.matmul(vectors, self._scores, out=scores)
         codes = np.empty((len(vectors), len(self.sizes)), dtype=np.int64)
         end = 0
         for level, size in enumerate(self.sizes):
             start, end = end, end + size
             level_scores = scores[:, start:end]
-            level_scores += self._biases[level]
+            if level == 0:
+                level_scores += self._biases[0]
             for before in range(level):
                 level_scores += self._products[before, level][codes[:, before]]
             codes[:, level] = self._choose(level_scores, codes, level)
@@ -145,17 +158,72 @@ class ResidualCodebooks:
             self.prices[level].subtract(scores, prefix_numbers(codes[:, :level], self.sizes))
         return scores.argmin(axis=1)
 
-    def _encode_residuals(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+    def _encode_residuals(self, vectors: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.int64]:
         residuals = vectors.copy()
         codes = np.empty((len(vectors), len(self.sizes)), dtype=np.int64)
-        end = 0
-        for level, size in enumerate(self.sizes):
-            start, end = end, end + size
-            scores = residuals @ self._scores[:, start:end]
-            scores += self._biases[level]
-            codes[:, level] = self._choose(scores, codes, level)
+        for level in range(len(self.sizes)):
+            level_scores = scores[:, self._columns(level)]
+            np.matmul(residuals, self._scores[:, self._columns(level)], out=level_scores)
+            level_scores += self._biases[level]
+            codes[:, level] = self._choose(level_scores, codes, level)
             residuals -= self.codebooks[level][codes[:, level]]
         return codes
+
+    def _search_chunk(self, vectors: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return the codes of the best of the `beam` paths that are kept at every level."""
+        rows, levels = np.arange(len(vectors))[:, None], len(self.sizes)
+        if self._products:
+            np.matmul(vectors, self._scores, out=scores)
+        # (n, b) errors of the paths kept, less |x|², and their (n, b, L) codes: one empty path at first.
+        errors = np.zeros((len(vectors), 1), np.float32)
+        codes = np.zeros((len(vectors), 1, levels), np.int64)
+        for level, size in enumerate(self.sizes):
+            if self._products:
+                candidates = errors[:, :, None] + scores[:, None, self._columns(level)]
+                if level == 0:
+                    candidates += self._biases[0]
+                for before in range(level):
+                    candidates += self._products[before, level][codes[:, :, before]]
+            else:
+                residuals = np.repeat(vectors[:, None], codes.shape[1], axis=1)
+                for before in range(level):
+                    residuals -= self.codebooks[before][codes[:, :, before]]
+                candidates = residuals @ self._scores[:, self._columns(level)]
+                candidates += self._biases[level]
+                candidates += errors[:, :, None]
+            flat = candidates.reshape(len(vectors), -1)
+            kept, errors = _smallest(flat, min(self.beam if level < levels - 1 else 1, flat.shape[1]))
+            codes = codes[rows, kept // size]
+            codes[:, :, level] = kept % size
+        return codes[:, 0]
+
+    def costs(self, vectors: Vectors, codes: Codes, level: int) -> NDArray[np.float32]:
+        """Return the (n, K_l) squared distances of residuals to a level's codewords, less a number of each row's own.
+
+        Args:
+            vectors: (n, d) rows.
+            codes: (n, L), of which those before the level count.
+        """
+        costs = np.empty((len(vectors), self.sizes[level]), np.float32)
+        stacked = self._scores[:, self._columns(level)]
+        for part, chunk in _float32_chunks(vectors, CHUNK_ROWS, writable=not self._products and level > 0):
+            here = costs[part]
+            if self._products or level == 0:
+                np.matmul(chunk, stacked, out=here)
+                if level == 0:
+                    here += self._biases[0]
+                for before in range(level):
+                    here += self._products[before, level][codes[part, before]]
+            else:
+                for before in range(level):
+                    chunk -= self.codebooks[before][codes[part, before]]
+                np.matmul(chunk, stacked, out=here)
+                here += self._biases[level]
+        return costs
+
+    def _columns(self, level: int) -> slice:
+        start = sum(self.sizes[:level])
+        return slice(start, start + self.sizes[level])
 
     def decode(self, codes: Codes, *, depth: int | None = None) -> NDArray[np.float32]:
         """Return (n, d) float32 reconstructions: the sum of the codewords of the first `depth` levels (default all).
@@ -173,9 +241,7 @@ class ResidualCodebooks:
         """Return the (n, L) squared distances of vectors to their reconstructions by depth, squared vector units."""
         check_codes(codes, self.sizes)
         errors = np.empty(codes.shape, dtype=np.float32)
-        for start in range(0, len(codes), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            residual = vectors[part].astype(np.float32)
+        for part, residual in _float32_chunks(vectors, CHUNK_ROWS, writable=True):
             for level, codebook in enumerate(self.codebooks):
                 residual -= codebook[codes[part, level]]
                 errors[part, level] = np.einsum("nd,nd->n", residual, residual)
@@ -189,3 +255,26 @@ class ResidualCodebooks:
             part = slice(start, start + CHUNK_ROWS)
             residuals[part] -= self.decode(codes[part])
         return residuals
+
+
+def _float32_chunks(
+    rows: Vectors, step: int, *, writable: bool = False
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Yield (slice, its rows as float32) for every `step` rows; one array serves all, unless they are float32."""
+    copied = writable or rows.dtype != np.float32
+    buffer = np.empty((min(step, len(rows)), rows.shape[1]), np.float32) if copied else None
+    for start in range(0, len(rows), step):
+        part = slice(start, min(start + step, len(rows)))
+        yield part, rows[part] if buffer is None else widen(rows[part], out=buffer[: part.stop - start])
+
+
+def _smallest(values: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the (n, count) columns of the smallest values of every row, ascending, and the values; spoils `values`."""
+    rows = np.arange(len(values))
+    columns = np.empty((len(values), count), np.int64)
+    smallest = np.empty((len(values), count), np.float32)
+    for place in range(count):
+        columns[:, place] = values.argmin(axis=1)
+        smallest[:, place] = values[rows, columns[:, place]]
+        values[rows, columns[:, place]] = np.inf
+    return columns, smallest

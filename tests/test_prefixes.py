@@ -30,7 +30,7 @@ def test_every_prefix_is_within_its_bounds_and_the_floor_is_reached(data: st.Dat
     bounds = resolve_bounds(rows, capacity_of(sizes), least="auto", most="auto")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capacity, "EXACT_ENTRIES", data.draw(st.sampled_from([0, 100, 1 << 18])))
-        patch.setattr(prefixes, "BLOCK_ROWS", data.draw(st.sampled_from([1, 30, 1 << 16])))
+        patch.setattr(prefixes, "BLOCK_BYTES", data.draw(st.sampled_from([4, 400, 1 << 20])))
         found = assign_within_bounds(
             lambda some: vectors[some], make_codebooks(sizes, 6), bounds, rows=rows, contents=rows
         )
