@@ -122,18 +122,21 @@ def assign_group(
     Raises:
         ShapeError: n rows cannot be within the loads.
     """
-    nearest, children = _cheapest_children(costs, rows, None)
+    children = costs(np.arange(1)).shape[1]
     if not loads.least * children <= rows <= loads.most * children:
         raise ShapeError(f"expected rows for {loads.least} to {loads.most} of {children} children, got {rows}")
-    counts = np.bincount(nearest, minlength=children)
     prices = np.zeros(children, np.float32)
-    if loads.least <= counts.min() and counts.max() <= loads.most:
-        return GroupAssignment(nearest, prices, 0, converged=True)
+    # Where prices were needed for costs close to these, the nearest need not be asked for first.
+    if start is None or not start.any():
+        nearest = _cheapest_children(costs, rows, None)
+        counts = np.bincount(nearest, minlength=children)
+        if loads.least <= counts.min() and counts.max() <= loads.most:
+            return GroupAssignment(nearest, prices, 0, converged=True)
     exact = rows * children * loads.most <= EXACT_ENTRIES
     converged = True
     if priced or not exact:
         prices, converged = _fit_prices(costs, rows, children, loads, start)
-    ruled, _ = _cheapest_children(costs, rows, prices)
+    ruled = _cheapest_children(costs, rows, prices)
     if exact:
         codes = _assign_exactly(costs(np.arange(rows)), loads)
     else:
@@ -141,15 +144,13 @@ def assign_group(
     return GroupAssignment(codes, prices, int((codes != ruled).sum()), converged)
 
 
-def _cheapest_children(costs: Costs, rows: int, prices: NDArray[np.float32] | None) -> tuple[NDArray[np.int64], int]:
-    """Return the (n,) children of least priced cost, and how many children there are."""
-    children = 0
+def _cheapest_children(costs: Costs, rows: int, prices: NDArray[np.float32] | None) -> NDArray[np.int64]:
+    """Return the (n,) children of least priced cost."""
     codes = np.empty(rows, np.int64)
     for chunk in _chunks(np.arange(rows)):
         found = costs(chunk)
-        children = found.shape[1]
         codes[chunk] = (found if prices is None else found - prices).argmin(axis=1)
-    return codes, children
+    return codes
 
 
 def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

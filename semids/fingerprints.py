@@ -55,8 +55,11 @@ def method_code(member: type, method: Callable[..., Any]) -> list[Callable[..., 
     """Return what `code_digest` is to be given for a method that an object of class `member` runs.
 
     A method may call others through its object, which then are those of the object's class: besides the method, all
-    classes count that `member` inherits from and the class that defines the method does not.
+    classes count that `member` inherits from and the class that defines the method does not. A function that is no
+    method calls none of them, and stands for itself.
     """
+    if "." not in method.__qualname__:
+        return [method]
     named = method.__module__, method.__qualname__.rpartition(".")[0]
     defining = next((owner for owner in member.__mro__ if (owner.__module__, owner.__qualname__) == named), object)
     return [method, *(owner for owner in member.__mro__ if owner not in defining.__mro__)]

@@ -14,7 +14,8 @@ from semids.errors import UsageError
 
 ROWS_PER_CODEWORD = 1024
 """Training rows a codeword: 256, FAISS's habit, costs 2 % of error; more than 1,024 gains under 0.5 %."""
-
+SAMPLE_BYTES = 4 << 30
+"""Largest training sample: 1,024 rows a codeword for up to 1,024 codewords of 1,024 dimensions, or 256 of 4,096."""
 
 # What FAISS adds to its seed for every restart of its own.
 RESTART_SEED = 15_486_557
@@ -34,6 +35,11 @@ class CodebookFit:
     codebook: NDArray[np.float32]
     mean_squared_error: float
     distinct_codewords: int
+
+
+def training_budget(size: int, dimensions: int) -> int:
+    """Return how many rows of so many dimensions, as float32, codebooks of `size` codewords are fitted to."""
+    return min(ROWS_PER_CODEWORD * size, SAMPLE_BYTES // (np.dtype(np.float32).itemsize * dimensions))
 
 
 def sample_rows(rows: int, size: int, *, seed: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 
 from semids.arrays import Codes, capacity_of, code_dtype, widen
 from semids.capacity import Bounds, assign_group
-from semids.residual import PriceTable, ResidualCodebooks
+from semids.residual import PriceTable, ResidualCodebooks, prefix_numbers
 
 BLOCK_BYTES = 256 << 20
 """Costs of small groups that are held at a time; those of a larger group are computed a part at a time, each time."""
@@ -28,20 +28,80 @@ Take = Callable[[NDArray[np.int64]], NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class BoundedCodes:
-    """Codes of which every prefix is within its bounds, and how they came about.
+class BoundedLevel:
+    """Codes of one level, of which every prefix is within its bounds, and how they came about.
 
     Args:
-        codes: (n, L), in the smallest unsigned type.
-        prices: a table a level: with them, later rows get close to the same loads.
-        moved: for each level, the rows that rounding put elsewhere than the prices alone would.
+        codes: (n,), in the smallest unsigned type of the shape.
+        prices: with them, later rows get close to the same loads.
+        moved: rows that rounding put elsewhere than the prices alone would.
         converged: all prices met their bounds before rounding.
     """
 
     codes: Codes
-    prices: tuple[PriceTable, ...]
-    moved: tuple[int, ...]
+    prices: PriceTable
+    moved: int
     converged: bool
+
+
+def assign_level(
+    take: Take,
+    quantizer: ResidualCodebooks,
+    before: Codes,
+    bounds: Bounds,
+    *,
+    contents: int,
+    start: PriceTable | None = None,
+    priced: bool = True,
+    done: Callable[[int], None] = lambda rows: None,
+) -> BoundedLevel:
+    """Give every row a code on the next level so that no prefix has more or fewer rows than its IDs may.
+
+    Within a prefix, rows are assigned as `capacity.assign_group` does. A prefix was given no more rows than the IDs
+    below it may have, so its children have room. Prefixes do not depend on one another.
+
+    Args:
+        before: (n, l) codes of the levels above: the level assigned is the one after them.
+        contents: how many contents the rows stand for; bounds are scaled to the part of them that they are.
+        start: prices to begin from, from codebooks close to these.
+        priced: False leaves the prices of small groups at zero.
+        done: called with the number of rows that have their code.
+    """
+    rows, level = before.shape
+    sizes = quantizer.sizes
+    loads = bounds.below(capacity_of(sizes[level + 1 :]), rows, contents)
+    codes = np.zeros(rows, dtype=code_dtype(sizes))
+    found: dict[int, NDArray[np.float32]] = {}
+    moved, finished, converged = 0, 0, True
+    prefixes = prefix_numbers(before, sizes)
+    # The last level's prices would serve no one: an ID that is free now is taken later.
+    is_last = level == len(sizes) - 1
+    for group, costs in _groups(take, quantizer, before, prefixes):
+        prefix = int(prefixes[group[0]])
+        feasible = loads.feasible(len(group), sizes[level])
+        prices = start.find(prefix) if start is not None else None
+        outcome = assign_group(costs, len(group), feasible, start=prices, priced=priced and not is_last)
+        codes[group] = outcome.codes
+        moved += outcome.moved
+        converged &= outcome.converged
+        if outcome.prices.any() and not is_last:
+            found[prefix] = outcome.prices
+        finished += len(group)
+        done(finished)
+    return BoundedLevel(codes, _table(found, sizes[level]), moved, converged)
+
+
+@dataclass(frozen=True)
+class BoundedCodes:
+    """(n, L) codes of which every prefix is within its bounds, and the levels they were found by."""
+
+    codes: Codes
+    levels: tuple[BoundedLevel, ...]
+
+    @property
+    def prices(self) -> tuple[PriceTable, ...]:
+        """The prices of every level."""
+        return tuple(level.prices for level in self.levels)
 
 
 def assign_within_bounds(
@@ -53,50 +113,22 @@ def assign_within_bounds(
     contents: int,
     start: Sequence[PriceTable] | None = None,
     priced: bool = True,
-    done: Callable[[int, int], None] = lambda level, rows: None,
 ) -> BoundedCodes:
-    """Give every row a code on every level so that no prefix has more or fewer rows than its IDs may.
+    """Give every row a code on every level, as `assign_level` does, from the first level down."""
+    quantizer = nearest_quantizer(codebooks)
+    codes = np.zeros((rows, len(codebooks)), dtype=code_dtype(quantizer.sizes))
+    levels: list[BoundedLevel] = []
+    for level in range(len(codebooks)):
+        before = start[level] if start is not None else None
+        found = assign_level(take, quantizer, codes[:, :level], bounds, contents=contents, start=before, priced=priced)
+        codes[:, level] = found.codes
+        levels.append(found)
+    return BoundedCodes(codes, tuple(levels))
 
-    From the first level down: a prefix has been given no more rows than the IDs below it may have, so its children
-    always have room. Within a prefix, rows are assigned as `capacity.assign_group` does.
 
-    Args:
-        codebooks: one (K_l, d) float32 array a level.
-        rows: n.
-        contents: how many contents the rows stand for; bounds are scaled to the part of them that they are.
-        start: prices to begin from, from codebooks close to these.
-        priced: False leaves the prices of small groups at zero.
-        done: called with the level, from 1, and the rows that have its code.
-    """
-    sizes = [len(codebook) for codebook in codebooks]
-    codes = np.zeros((rows, len(sizes)), dtype=code_dtype(sizes))
-    prefixes = np.zeros(rows, dtype=np.int64)
-    tables: list[PriceTable] = []
-    moved: list[int] = []
-    converged = True
-    quantizer = ResidualCodebooks(tuple(codebooks), tuple(np.zeros(size, np.float32) for size in sizes))
-    for level, codebook in enumerate(codebooks):
-        loads = bounds.below(capacity_of(sizes[level + 1 :]), rows, contents)
-        found: dict[int, NDArray[np.float32]] = {}
-        moved.append(0)
-        finished = 0
-        for group, costs in _groups(take, quantizer, codes, prefixes, level):
-            prefix = int(prefixes[group[0]])
-            feasible = loads.feasible(len(group), len(codebook))
-            before = start[level].find(prefix) if start is not None else None
-            # The last level's prices would serve no one: an ID that is free now is taken later.
-            wanted = priced and level < len(sizes) - 1
-            outcome = assign_group(costs, len(group), feasible, start=before, priced=wanted)
-            codes[group, level] = outcome.codes
-            moved[level] += outcome.moved
-            converged &= outcome.converged
-            if outcome.prices.any() and level < len(sizes) - 1:
-                found[prefix] = outcome.prices
-            finished += len(group)
-            done(level + 1, finished)
-        tables.append(_table(found, len(codebook)))
-        prefixes = prefixes * len(codebook) + codes[:, level]
-    return BoundedCodes(codes, tuple(tables), tuple(moved), converged)
+def nearest_quantizer(codebooks: Sequence[NDArray[np.float32]]) -> ResidualCodebooks:
+    """Return the codebooks under the nearest mapping."""
+    return ResidualCodebooks(tuple(codebooks), tuple(np.zeros(len(book), np.float32) for book in codebooks))
 
 
 def _table(found: dict[int, NDArray[np.float32]], size: int) -> PriceTable:
@@ -106,15 +138,16 @@ def _table(found: dict[int, NDArray[np.float32]], size: int) -> PriceTable:
 
 
 def _groups(
-    take: Take, quantizer: ResidualCodebooks, codes: Codes, prefixes: NDArray[np.int64], level: int
+    take: Take, quantizer: ResidualCodebooks, before: Codes, prefixes: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Callable[[NDArray[np.int64]], NDArray[np.float32]]]]:
-    """Yield the rows of each prefix, ascending, and what returns their costs on the level."""
+    """Yield the rows of each prefix, ascending, and what returns their costs on the level after it."""
+    level = before.shape[1]
 
     def costs_of(rows: NDArray[np.int64]) -> NDArray[np.float32]:
         costs = np.empty((len(rows), quantizer.sizes[level]), np.float32)
         for start in range(0, len(rows), READ_ROWS):
             some = rows[start : start + READ_ROWS]
-            costs[start : start + READ_ROWS] = quantizer.costs(take(some), codes[some], level)
+            costs[start : start + READ_ROWS] = quantizer.costs(take(some), before[some], level)
         return costs
 
     block_rows = max(1, BLOCK_BYTES // (4 * quantizer.sizes[level]))
@@ -140,34 +173,45 @@ def _groups(
 def refit_jointly(
     take: Take, codes: Codes, codebooks: Sequence[NDArray[np.float32]]
 ) -> tuple[NDArray[np.float32], ...]:
-    """Return the codebooks of all levels that reconstruct the rows best, given their codes.
+    """Return the codebooks of all levels that reconstruct the rows best, given their (n, L) codes.
 
     Least squares over all codewords at once (the codebook update of additive quantization, Babenko and Lempitsky
     2014, section 3.2), with a small pull to where they were. Time is O(nLd), memory that of all codewords' products.
     """
+    gram, sums = _normal_equations(take, codes, codebooks)
+    solved = np.linalg.solve(gram, sums).astype(np.float32)
+    ends = np.cumsum([len(book) for book in codebooks])
+    return tuple(np.split(solved, ends[:-1]))
+
+
+def refit_last(take: Take, codes: Codes, codebooks: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
+    """Return the codebooks with the last moved to where it reconstructs the rows best; the others stay."""
+    gram, sums = _normal_equations(take, codes, codebooks)
+    last = len(gram) - len(codebooks[-1])
+    left = sums[last:] - gram[last:, :last] @ np.concatenate(codebooks[:-1])
+    return *codebooks[:-1], (left / np.diagonal(gram)[last:, None]).astype(np.float32)
+
+
+def _normal_equations(
+    take: Take, codes: Codes, codebooks: Sequence[NDArray[np.float32]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the (ΣK, ΣK) products of the codewords' indicators, and their (ΣK, d) products with the vectors."""
     sizes = [len(codebook) for codebook in codebooks]
     offsets = np.cumsum([0, *sizes])
-    rows, total = len(codes), int(offsets[-1])
-    gram = np.zeros((total, total))
+    total = int(offsets[-1])
+    gram = RIDGE * np.eye(total)
     for a in range(len(sizes)):
         for b in range(len(sizes)):
             pairs = codes[:, a].astype(np.int64) * sizes[b] + codes[:, b]
             counts = np.bincount(pairs, minlength=sizes[a] * sizes[b]).reshape(sizes[a], sizes[b])
-            gram[offsets[a] : offsets[a + 1], offsets[b] : offsets[b + 1]] = counts
-    current = np.concatenate(codebooks).astype(np.float64)
-    sums = RIDGE * current
-    for start in range(0, rows, SUM_ROWS):
-        block = np.arange(start, min(start + SUM_ROWS, rows))
-        chosen = csr_array(
-            (
-                np.ones(len(block) * len(sizes), np.float32),
-                (codes[block].astype(np.int64) + offsets[:-1]).ravel(),
-                np.arange(len(block) + 1) * len(sizes),
-            ),
-            shape=(len(block), total),
-        )
+            gram[offsets[a] : offsets[a + 1], offsets[b] : offsets[b + 1]] += counts
+    sums = RIDGE * np.concatenate(codebooks).astype(np.float64)
+    for start in range(0, len(codes), SUM_ROWS):
+        block = np.arange(start, min(start + SUM_ROWS, len(codes)))
+        columns = (codes[block].astype(np.int64) + offsets[:-1]).ravel()
+        ones, ends = np.ones(len(columns), np.float32), np.arange(len(block) + 1) * len(sizes)
+        chosen = csr_array((ones, columns, ends), shape=(len(block), total))
         vectors = take(block)
         # float32 within a block, float64 from block to block: a codeword of a large catalogue sums 100,000 rows.
         sums += chosen.T @ widen(vectors, out=np.empty(vectors.shape, np.float32))
-    solved = np.linalg.solve(gram + RIDGE * np.eye(total), sums).astype(np.float32)
-    return tuple(solved[offsets[level] : offsets[level + 1]] for level in range(len(sizes)))
+    return gram, sums

@@ -257,9 +257,7 @@ class ResidualCodebooks:
         return residuals
 
 
-def _float32_chunks(
-    rows: Vectors, step: int, *, writable: bool = False
-) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+def _float32_chunks(rows: Vectors, step: int, *, writable: bool = False) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Yield (slice, its rows as float32) for every `step` rows; one array serves all, unless they are float32."""
     copied = writable or rows.dtype != np.float32
     buffer = np.empty((min(step, len(rows)), rows.shape[1]), np.float32) if copied else None

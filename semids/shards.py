@@ -133,6 +133,7 @@ class ShardedArray:
         """
         self.layout = layout
         self._shard_path = shard_path
+        self._mapped: dict[int, NDArray[Any]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,6 +146,8 @@ class ShardedArray:
         Raises:
             CorruptionError: the file is not the array that was committed.
         """
+        if shard in self._mapped:
+            return self._mapped[shard]
         path = self._shard_path(shard)
         start, stop = self.layout.bounds(shard)
         try:
@@ -153,6 +156,8 @@ class ShardedArray:
             raise CorruptionError(f"{path}: expected an array of numbers: {error}") from error
         if array.shape != (stop - start, self.layout.columns) or array.dtype != np.dtype(self.layout.dtype):
             raise CorruptionError(f"{path}: expected {(stop - start, self.layout.columns)}, got {array.shape}")
+        # A map holds no memory of its own, and opening it anew for each of many groups of rows would take longer.
+        self._mapped[shard] = array
         return array
 
     def chunks(self, rows: int) -> Iterator[tuple[int, NDArray[Any]]]:

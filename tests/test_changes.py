@@ -25,6 +25,7 @@ from semids.embedders.transformer import TransformerEmbedder
 PACKAGE = Path(__file__).parent.parent / "semids"
 CODEBOOKS = {"train-codebook-1", "train-codebook-2", "train-codebook-3"}
 UNIFORM = {"train-uniform-1", "train-uniform-2", "train-uniform-3"}
+BOUNDED = {"train-bounded", "train-placed-1", "train-placed-2", "train-settled", "train-placed-3"}
 LAST = {"model", "codes", "ids", "report"}
 AFTER_VECTORS = {*CODEBOOKS, *UNIFORM, *LAST}
 EVERYTHING = {"items", "vectors", *AFTER_VECTORS}
@@ -122,7 +123,7 @@ CHANGES: list[tuple[str, Callable[[Project], None], dict[str, Any], list[str], s
     ("one level more", nothing, {"shape": "8x6x4x3"}, [], {"train-codebook-4", "train-uniform-4", *LAST}),
     ("one level less", nothing, {"shape": "8x6"}, [], LAST),
     ("mapping", nothing, {"mapping": "nearest"}, [], LAST),
-    ("mapping capacity", nothing, {"mapping": "capacity"}, [], {"train-bounded", "train-assigned", *LAST}),
+    ("mapping capacity", nothing, {"mapping": "capacity"}, [], {*BOUNDED, *LAST}),
     ("bounds of a mapping that has none", nothing, {}, ["max_contents_per_id=9"], set()),
     ("iterations", nothing, {}, ["options.residual_kmeans.iterations=1"], AFTER_VECTORS),
     ("suffix", nothing, {}, ["suffix=true"], {"ids"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from small_runs import (
 from semids.store import read_sealed_json
 from semids.verification import verify_run
 
-POINTS = 72
+POINTS = 84
 CHUNKS = 12
 KILLED = -9
 STAGES = (
@@ -29,7 +30,9 @@ STAGES = (
     "train-codebook-1",
     "train-codebook-3",
     "train-bounded",
-    "train-assigned",
+    "train-placed-1",
+    "train-placed-3",
+    "train-settled",
     "model",
     "codes",
     "ids",
@@ -75,8 +78,10 @@ def undisturbed(warm_parent: WarmParent, tmp_path_factory: pytest.TempPathFactor
 
 
 def chosen_points(undisturbed: Undisturbed) -> list[tuple[int, str]]:
-    """Return POINTS of the points, evenly spread."""
-    places = np.linspace(0, len(undisturbed.points) - 1, POINTS).round().astype(int)
+    """Return POINTS of the points, one in each of as many equal parts, at a place that differs from part to part."""
+    # The golden ratio's multiples fall in no rhythm with the few points that every commit has.
+    within = np.arange(POINTS) * (math.sqrt(5) - 1) / 2 % 1
+    places = ((np.arange(POINTS) + within) * len(undisturbed.points) / POINTS).astype(int)
     return [undisturbed.points[place] for place in places]
 
 

@@ -50,7 +50,7 @@ def test_without_bounds_codes_are_those_of_the_nearest_mapping(vectors: np.ndarr
     )
     nearest = ResidualCodebooks(books, tuple(np.zeros(len(book), np.float32) for book in books))
     assert np.array_equal(found.codes, nearest.encode(vectors))
-    assert found.moved == (0, 0, 0)
+    assert [level.moved for level in found.levels] == [0, 0, 0]
     assert all(len(table.prefixes) == 0 for table in found.prices)
 
 
@@ -66,9 +66,9 @@ def test_the_frozen_rule_differs_from_the_exact_codes_only_where_rounding_moved_
     frozen = ResidualCodebooks(books, tuple(np.zeros(len(book), np.float32) for book in books), found.prices)
     ruled = frozen.encode(vectors)
     first = (ruled[:, 0] != found.codes[:, 0]).sum()
-    assert first == found.moved[0]
+    assert first == found.levels[0].moved
     same_first = ruled[:, 0] == found.codes[:, 0]
-    assert (ruled[same_first, 1] != found.codes[same_first, 1]).sum() <= found.moved[1]
+    assert (ruled[same_first, 1] != found.codes[same_first, 1]).sum() <= found.levels[1].moved
     # Where prices were left out, the first level would hold far more than its IDs allow.
     bare = ResidualCodebooks(books, frozen.potentials).encode(vectors)
     limit = 12 * 16

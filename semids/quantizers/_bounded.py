@@ -1,96 +1,93 @@
-"""Training steps of the mapping capacity, for every quantizer: codebooks and prices within bounds, and exact codes."""
+"""The training steps of the mapping capacity, for every quantizer: codebooks, prices and exact codes within bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semids.arrays import Vectors, capacity_of
+from semids.arrays import Codes
 from semids.capacity import Bounds
-from semids.prefixes import Take, assign_within_bounds, refit_jointly
-from semids.quantizers.base import StepOutcome, Tensors
-from semids.residual import PriceTable
+from semids.kmeans import sample_rows, training_budget
+from semids.prefixes import (
+    assign_level,
+    assign_within_bounds,
+    nearest_quantizer,
+    refit_jointly,
+    refit_last,
+)
+from semids.progress import Progress
+from semids.quantizers.base import StepOutcome, Tensors, TrainingData, TrainingStep
+from semids.residual import PriceTable, prefix_numbers
 
 ROUNDS = 12
-"""Re-fits of the codebooks under the bounded assignment: on real product vectors, 2 leave 0.7 % of error over 24 of
+"""Re-fits of all codebooks under the bounded assignment: on real product vectors, 2 leave 0.7 % of error over 24 of
 them, 12 leave 0.1 to 0.2 %."""
+LAST_ROUNDS = 6
+"""Re-fits of the last codebook to whole prefixes: 4 leave 0.05 % of error over 12."""
 
 
-def fit_within_bounds(
-    vectors: Vectors,
-    codebooks: Sequence[NDArray[np.float32]],
-    bounds: Bounds,
-    *,
-    contents: int,
-    done: Callable[[int, int], None],
-) -> StepOutcome:
-    """Alternate between assigning rows within bounds and re-fitting all codebooks to that, and find the prices.
+def bounded_steps(sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks: Sequence[str]) -> list[TrainingStep]:
+    """Return the steps that take the nearest mapping's codebooks to codes within bounds.
+
+    All codebooks are re-fitted to a sample of rows. Every content is placed, level by level, within its bounds; above
+    the last level, a sample knows the bounds scaled to its size, but of the few rows under one ID it has at most one.
+    So the last codebook is fitted again, to whole prefixes, before the last level is placed.
 
     Args:
-        vectors: (n, d) training rows.
-        codebooks: those of the nearest mapping.
-        contents: D, which the rows stand for.
-        done: called with the rounds finished and their number.
-
-    Returns:
-        `codebook_l`, `potentials_l` (zeros), `price_prefixes_l` and `prices_l` for every level l from 1.
+        codebooks: the names of the steps whose codebooks are the start, one a level.
     """
-    rows = len(vectors)
-    books = tuple(codebooks)
+    common = {"least": bounds.least, "most": bounds.most}
+    steps = [
+        TrainingStep(
+            name="bounded",
+            title="Fit the codebooks within bounds",
+            parameters={**common, "sizes": list(sizes), "seed": seed},
+            run=_fit_codebooks,
+            needs=tuple(codebooks),
+        )
+    ]
+    for level in range(1, len(sizes) + 1):
+        placed = tuple(f"placed-{above}" for above in range(1, level))
+        if level == len(sizes) > 1:
+            steps.append(
+                TrainingStep(
+                    name="settled",
+                    title="Fit the last codebook to whole prefixes",
+                    parameters={**common, "seed": seed},
+                    run=_fit_last_codebook,
+                    needs=("bounded", *placed),
+                )
+            )
+        steps.append(
+            TrainingStep(
+                name=f"placed-{level}",
+                title=f"Place every content on level {level}",
+                parameters=common,
+                run=_place_level,
+                needs=(*(("bounded", "settled") if level == len(sizes) > 1 else ("bounded",)), *placed),
+            )
+        )
+    return steps
 
-    def take(some: NDArray[np.int64]) -> NDArray[Any]:
-        return vectors[some]
 
-    prices: tuple[PriceTable, ...] | None = None
-    for finished in range(ROUNDS):
-        found = assign_within_bounds(take, books, bounds, rows=rows, contents=contents, start=prices, priced=False)
-        books, prices = refit_jointly(take, found.codes, books), found.prices
-        done(finished + 1, ROUNDS + 1)
-    last = assign_within_bounds(take, books, bounds, rows=rows, contents=contents, start=prices)
-    done(ROUNDS + 1, ROUNDS + 1)
+def bounded_codes(outcomes: Mapping[str, Tensors]) -> Codes:
+    """Return the (D, L) codes that the steps gave every content."""
+    levels = len([name for name in outcomes if name.startswith("placed-")])
+    return np.stack([outcomes[f"placed-{level}"]["codes"] for level in range(1, levels + 1)], axis=1)
+
+
+def bounded_tensors(outcomes: Mapping[str, Tensors]) -> Tensors:
+    """Return `codebook_l`, `potentials_l` (zeros), `price_prefixes_l` and `prices_l` for every level l from 1."""
     tensors: Tensors = {}
-    for level, (codebook, table) in enumerate(zip(books, last.prices, strict=True), start=1):
+    for level, codebook in enumerate(_codebooks(outcomes), start=1):
         tensors[f"codebook_{level}"] = codebook
         tensors[f"potentials_{level}"] = np.zeros(len(codebook), np.float32)
-        tensors[f"price_prefixes_{level}"] = table.prefixes
-        tensors[f"prices_{level}"] = table.values
-    evidence = {
-        "rows": rows,
-        "least_contents_per_id": bounds.least,
-        "most_contents_per_id": bounds.most,
-        "priced_prefixes": [len(table.prefixes) for table in last.prices],
-        "converged": last.converged,
-    }
-    return StepOutcome(tensors, evidence)
-
-
-def assign_contents(
-    take: Take, bounded: Tensors, bounds: Bounds, *, contents: int, done: Callable[[int, int], None]
-) -> StepOutcome:
-    """Give every content its codes within bounds, by the codebooks and prices of `fit_within_bounds`.
-
-    Returns:
-        `codes` (D, L), in the smallest unsigned type.
-    """
-    levels = range(1, len([name for name in bounded if name.startswith("codebook_")]) + 1)
-    books = [bounded[f"codebook_{level}"] for level in levels]
-    found = assign_within_bounds(
-        take, books, bounds, rows=contents, contents=contents, start=read_prices(bounded), done=done
-    )
-    loads = np.unique(found.codes, axis=0, return_counts=True)[1]
-    sizes = [len(book) for book in books]
-    evidence = {
-        "largest_load": int(loads.max()),
-        "ids_used": len(loads),
-        "capacity": capacity_of(sizes),
-        # The last level has no prices: an ID goes to whom rounding gives it.
-        "share_moved_by_level": [round(moved / contents, 6) for moved in found.moved],
-        "converged": found.converged,
-    }
-    return StepOutcome({"codes": found.codes}, evidence)
+        for part in ("price_prefixes", "prices"):
+            tensors[f"{part}_{level}"] = outcomes[f"placed-{level}"][part]
+    return tensors
 
 
 def read_prices(tensors: Tensors) -> tuple[PriceTable, ...]:
@@ -99,3 +96,102 @@ def read_prices(tensors: Tensors) -> tuple[PriceTable, ...]:
     return tuple(
         PriceTable(tensors[f"price_prefixes_{level}"], tensors[f"prices_{level}"]) for level in range(1, levels + 1)
     )
+
+
+def _fit_codebooks(
+    quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+) -> StepOutcome:
+    """Alternate between assigning a sample of rows within bounds and re-fitting all codebooks to that."""
+    budget = training_budget(max(step.parameters["sizes"]), data.vectors.layout.columns)
+    sample = data.vectors.take(data.rows[sample_rows(len(data.rows), budget, seed=step.parameters["seed"])])
+    bounds, contents = _bounds(step), data.vectors.layout.rows
+    books = tuple(needed[name]["codebook"] for name in step.needs)
+
+    def take(rows: NDArray[np.int64]) -> NDArray[Any]:
+        return sample[rows]
+
+    prices: tuple[PriceTable, ...] | None = None
+    for finished in range(ROUNDS):
+        found = assign_within_bounds(
+            take, books, bounds, rows=len(sample), contents=contents, start=prices, priced=False
+        )
+        books, prices = refit_jointly(take, found.codes, books), found.prices
+        progress(step.title, finished + 1, ROUNDS, "rounds")
+    tensors: Tensors = {}
+    for level, (codebook, table) in enumerate(zip(books, prices or (), strict=True), start=1):
+        tensors[f"codebook_{level}"] = codebook
+        tensors[f"price_prefixes_{level}"] = table.prefixes
+        tensors[f"prices_{level}"] = table.values
+    return StepOutcome(tensors, {"rows": len(sample), **step.parameters})
+
+
+def _place_level(
+    quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+) -> StepOutcome:
+    """Give every content its code on a level within bounds, and find the prices that give later ones theirs."""
+    books = _codebooks(needed)
+    before = _codes_above(needed, data.vectors.layout.rows)
+    level = before.shape[1]
+    contents = len(before)
+    found = assign_level(
+        data.vectors.take,
+        nearest_quantizer(books),
+        before,
+        _bounds(step),
+        contents=contents,
+        start=read_prices(needed["bounded"])[level],
+        done=lambda rows: progress(step.title, rows, contents, "contents"),
+    )
+    evidence = {
+        "share_moved": round(found.moved / contents, 6),
+        "priced_prefixes": len(found.prices.prefixes),
+        "converged": found.converged,
+    }
+    tensors = {"codes": found.codes, "price_prefixes": found.prices.prefixes, "prices": found.prices.values}
+    return StepOutcome(tensors, evidence)
+
+
+def _fit_last_codebook(
+    quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+) -> StepOutcome:
+    """Alternate between assigning the rows of whole prefixes to the last level and moving its codewords to them."""
+    bounds, contents = _bounds(step), data.vectors.layout.rows
+    books = _codebooks(needed)
+    above = _codes_above(needed, contents)[data.rows]
+    sizes = [len(book) for book in books]
+    budget = training_budget(sizes[-1], data.vectors.layout.columns)
+    chosen = _whole_prefixes(prefix_numbers(above, sizes), budget, seed=step.parameters["seed"])
+    sample, above = data.vectors.take(data.rows[chosen]), above[chosen]
+
+    def take(rows: NDArray[np.int64]) -> NDArray[Any]:
+        return sample[rows]
+
+    for finished in range(LAST_ROUNDS):
+        # The prefixes are whole: what is below one is held by the bounds as they are.
+        found = assign_level(take, nearest_quantizer(books), above, bounds, contents=len(above), priced=False)
+        books = refit_last(take, np.column_stack([above, found.codes]), books)
+        progress(step.title, finished + 1, LAST_ROUNDS, "rounds")
+    return StepOutcome({"codebook": books[-1]}, {"rows": len(sample)})
+
+
+def _whole_prefixes(prefixes: NDArray[np.int64], budget: int, *, seed: int) -> NDArray[np.int64]:
+    """Return the rows, ascending, of prefixes drawn one by one until their rows are `budget`; one prefix at least."""
+    each, counts = np.unique(prefixes, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(each))
+    drawn = max(1, int(np.searchsorted(np.cumsum(counts[order]), budget, side="right")))
+    return np.flatnonzero(np.isin(prefixes, each[order[:drawn]]))
+
+
+def _bounds(step: TrainingStep) -> Bounds:
+    return Bounds(step.parameters["least"], step.parameters["most"])
+
+
+def _codebooks(outcomes: Mapping[str, Tensors]) -> tuple[NDArray[np.float32], ...]:
+    fitted = outcomes["bounded"]
+    books = [fitted[f"codebook_{level}"] for level in range(1, len(fitted) // 3 + 1)]
+    return (*books[:-1], outcomes["settled"]["codebook"]) if "settled" in outcomes else tuple(books)
+
+
+def _codes_above(needed: Mapping[str, Tensors], contents: int) -> Codes:
+    placed = any(name.startswith("placed-") for name in needed)
+    return bounded_codes(needed) if placed else np.zeros((contents, 0), np.uint8)

@@ -11,10 +11,9 @@ from pydantic import Field
 
 from semids.arrays import Codes
 from semids.balance import Potentials, fit_potentials, standard_deviation
-from semids.capacity import Bounds
-from semids.kmeans import ROWS_PER_CODEWORD, fit_codebook, sample_rows
+from semids.kmeans import fit_codebook, sample_rows, training_budget
 from semids.progress import Progress
-from semids.quantizers._bounded import assign_contents, fit_within_bounds, read_prices
+from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors, read_prices
 from semids.quantizers.base import (
     FrozenQuantizer,
     MappingName,
@@ -33,8 +32,6 @@ above the nearest mapping, 12 leave 0.7 %."""
 RELATIVE_EPSILON = 0.01
 """Smoothing of the uniform mapping over the standard deviation of its costs."""
 MAX_ITERATIONS = 60
-SAMPLE_BYTES = 4 << 30
-"""Largest training sample: 1,024 rows a codeword for up to 1,024 codewords of 1,024 dimensions, or 256 of 4,096."""
 COST_BYTES = 1 << 30
 """Largest cost matrix that potentials are fitted on; it bounds their sample at large codebooks."""
 
@@ -64,7 +61,7 @@ class ResidualKMeans(Quantizer):
     settings: ResidualKMeansSettings
 
     def training_steps(self) -> list[TrainingStep]:
-        """Return one step a level for the codebooks, then those of another mapping: a step a level, or two for all."""
+        """Return one step a level for the codebooks, then those of another mapping: a step a level, or more."""
         steps: list[TrainingStep] = []
         for level, size in enumerate(self.sizes, start=1):
             steps.append(
@@ -88,25 +85,8 @@ class ResidualKMeans(Quantizer):
                     )
                 )
         if self.bounds is not None and self.mapping == "capacity":
-            bounds = {"least": self.bounds.least, "most": self.bounds.most}
-            steps.append(
-                TrainingStep(
-                    name="bounded",
-                    title="Fit codebooks and prices within bounds",
-                    parameters={"sizes": list(self.sizes), "seed": self.seed, **bounds},
-                    run=type(self)._fit_within_bounds,
-                    needs=tuple(f"codebook-{level}" for level in range(1, len(self.sizes) + 1)),
-                )
-            )
-            steps.append(
-                TrainingStep(
-                    name="assigned",
-                    title="Assign every content within bounds",
-                    parameters=bounds,
-                    run=type(self)._assign_contents,
-                    needs=("bounded",),
-                )
-            )
+            codebooks = [f"codebook-{level}" for level in range(1, len(self.sizes) + 1)]
+            steps += bounded_steps(self.sizes, self.bounds, seed=self.seed, codebooks=codebooks)
         return steps
 
     def _sample_residuals(
@@ -114,8 +94,8 @@ class ResidualKMeans(Quantizer):
     ) -> NDArray[np.float32]:
         """Return what the levels before the step's own leave of a sample of the training rows."""
         kind, level = step.name.split("-")
-        most = SAMPLE_BYTES // (np.dtype(np.float32).itemsize * data.vectors.layout.columns)
-        sample = sample_rows(len(data.rows), min(ROWS_PER_CODEWORD * step.parameters["size"], most), seed=self.seed)
+        budget = training_budget(step.parameters["size"], data.vectors.layout.columns)
+        sample = sample_rows(len(data.rows), budget, seed=self.seed)
         rows = data.vectors.take(data.rows[sample])
         if int(level) == 1:
             return rows.astype(np.float32, copy=False)
@@ -153,40 +133,9 @@ class ResidualKMeans(Quantizer):
         }
         return StepOutcome({"codebook": fit.codebook, "potentials": np.zeros(size, np.float32)}, evidence)
 
-    def _fit_within_bounds(
-        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
-    ) -> StepOutcome:
-        most = SAMPLE_BYTES // (np.dtype(np.float32).itemsize * data.vectors.layout.columns)
-        vectors = data.vectors.take(data.rows[sample_rows(len(data.rows), most, seed=self.seed)])
-        codebooks = tuple(needed[name]["codebook"] for name in step.needs)
-        return fit_within_bounds(
-            vectors,
-            codebooks,
-            self._bounds(),
-            contents=data.vectors.layout.rows,
-            done=lambda rounds, total: progress(step.title, rounds, total, "rounds"),
-        )
-
-    def _assign_contents(
-        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
-    ) -> StepOutcome:
-        contents = data.vectors.layout.rows
-        return assign_contents(
-            data.vectors.take,
-            needed["bounded"],
-            self._bounds(),
-            contents=contents,
-            done=lambda level, rows: progress(f"assign codes of level {level}", rows, contents, "contents"),
-        )
-
-    def _bounds(self) -> Bounds:
-        if self.bounds is None:
-            raise AssertionError("the mapping capacity comes with its bounds")
-        return self.bounds
-
     def given_codes(self, outcomes: Mapping[str, Tensors]) -> Codes | None:
         """Return what exact rounding gave under the mapping capacity."""
-        return outcomes["assigned"]["codes"] if self.mapping == "capacity" else None
+        return bounded_codes(outcomes) if self.mapping == "capacity" else None
 
     def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:
         """Return `codebook_l` (K_l, d) and `potentials_l` (K_l,) float32 for every level l from 1.
@@ -194,7 +143,7 @@ class ResidualKMeans(Quantizer):
         Under the mapping capacity, `price_prefixes_l` (m,) int64 and `prices_l` (m, K_l) float32, besides.
         """
         if self.mapping == "capacity":
-            return outcomes["bounded"]
+            return bounded_tensors(outcomes)
         kind = "codebook" if self.mapping == "nearest" else self.mapping
         return {
             f"{part}_{level}": outcomes[f"{kind}-{level}"][part]

@@ -1,4 +1,4 @@
-"""Generate vectors like those of a catalogue: clusters within clusters of power-law size, a decaying spectrum, duplicates.
+"""Generate vectors like a catalogue's: clusters within clusters of power-law size, a decaying spectrum, duplicates.
 
 Run it with `python -m tests.benchmarks.vectors OUT.npy --rows 200000 --dimensions 1024`.
 """
