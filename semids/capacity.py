@@ -128,7 +128,7 @@ def assign_group(
     prices = np.zeros(children, np.float32)
     # Where prices were needed for costs close to these, the nearest need not be asked for first.
     if start is None or not start.any():
-        nearest = _cheapest_children(costs, rows, None)
+        nearest = cheapest_children(costs, rows, None)
         counts = np.bincount(nearest, minlength=children)
         if loads.least <= counts.min() and counts.max() <= loads.most:
             return GroupAssignment(nearest, prices, 0, converged=True)
@@ -136,15 +136,18 @@ def assign_group(
     converged = True
     if priced or not exact:
         prices, converged = _fit_prices(costs, rows, children, loads, start)
-    ruled = _cheapest_children(costs, rows, prices)
+    ruled = cheapest_children(costs, rows, prices)
     if exact:
         codes = _assign_exactly(costs(np.arange(rows)), loads)
     else:
-        codes = round_to_loads(lambda some: costs(some) - prices, ruled, children, loads)
+        each = np.ones(children, np.int64)
+        codes = round_to_loads(
+            lambda some: costs(some) - prices, ruled, least=loads.least * each, most=loads.most * each
+        )
     return GroupAssignment(codes, prices, int((codes != ruled).sum()), converged)
 
 
-def _cheapest_children(costs: Costs, rows: int, prices: NDArray[np.float32] | None) -> NDArray[np.int64]:
+def cheapest_children(costs: Costs, rows: int, prices: NDArray[np.float32] | None) -> NDArray[np.int64]:
     """Return the (n,) children of least priced cost."""
     codes = np.empty(rows, np.int64)
     for chunk in _chunks(np.arange(rows)):
@@ -183,20 +186,24 @@ def _assign_exactly(costs: NDArray[np.float32], loads: Loads) -> NDArray[np.int6
     return assigned // loads.most
 
 
-def round_to_loads(costs: Costs, codes: NDArray[np.int64], children: int, loads: Loads) -> NDArray[np.int64]:
+def round_to_loads(
+    costs: Costs, codes: NDArray[np.int64], *, least: NDArray[np.int64], most: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Return codes within the loads, moving from the given ones the rows that lose least.
 
     Args:
         costs: returns the (m, K) priced costs of the given rows.
         codes: (n,) a child each.
+        least: (K,) rows that a child must have; their sum is n at most.
+        most: (K,) rows that a child may have; their sum is n at least.
     """
     codes = codes.copy()
-    for _ in range(2 * children + 1):
-        counts = np.bincount(codes, minlength=children)
-        if counts.max() > loads.most:
-            leave, room = np.maximum(counts - loads.most, 0), np.maximum(loads.most - counts, 0)
-        elif counts.min() < loads.least:
-            leave, room = np.maximum(counts - loads.least, 0), np.maximum(loads.least - counts, 0)
+    for _ in range(2 * len(most) + 1):
+        counts = np.bincount(codes, minlength=len(most))
+        if (counts > most).any():
+            leave, room = np.maximum(counts - most, 0), np.maximum(most - counts, 0)
+        elif (counts < least).any():
+            leave, room = np.maximum(counts - least, 0), np.maximum(least - counts, 0)
         else:
             return codes
         rows = np.flatnonzero(leave[codes])

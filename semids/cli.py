@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     encode = command("encode", _encode, "give new items their IDs from a frozen model")
     encode.add_argument("model_folder", help="model folder, as runs/results/ITEMS/256x256x256-nearest-…/model")
     encode.add_argument("input", help="new items: catalogue or vectors")
+    encode.add_argument(
+        "--unique",
+        action="store_true",
+        help="give every new content an ID that none has; the model shown with the results knows them, for the next",
+    )
     _add_options(encode, {k: v for k, v in OPTIONS.items() if k not in ("--split-column", "--seed")})
 
     adopt = command("adopt", _adopt, "register embeddings that were computed elsewhere or by an older version")
@@ -200,7 +205,8 @@ def _encode(parsed: argparse.Namespace) -> None:
     config = _override(runs.encoding_config(model_folder, parsed.input), parsed, source=parsed.model_folder)
     folder = Path(config.out)
     with run_lock(folder):
-        refs = runs.encode_items(config, model_folder, runs.local_runner(folder, TerminalProgress()))
+        run = runs.local_runner(folder, TerminalProgress())
+        refs = runs.encode_items(config, model_folder, run, unique=parsed.unique)
         where = results.publish(config, refs, encoded=True)
     _print_figures([refs.report])
     print(f"\nSemantic IDs and report: {where}")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from semids.config import QUANTIZERS, BuildConfig, CommonConfig
+from semids.contents import read_digests
 from semids.errors import CorruptionError, DataError, UsageError
 from semids.fingerprints import code_digest, method_code
 from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
@@ -224,7 +225,7 @@ def _freeze(
     given = quantizer.given_codes(outcomes)
     if given is not None:
         contents = StageReader(items.path).path("contents.parquet")
-        output.commit(KNOWN, lambda path: write_known(path, contents, given))
+        output.commit(KNOWN, lambda path: write_known(path, read_digests(contents), given))
     output.commit("tensors.safetensors", lambda path: save_file(tensors, path))
     # Where the catalogue and the embedder lay decides nothing, and must not be in a digest.
     output.remember(config=config.model_dump(mode="json"))

@@ -76,7 +76,7 @@ def assign_level(
     prefixes = prefix_numbers(before, sizes)
     # The last level's prices would serve no one: an ID that is free now is taken later.
     is_last = level == len(sizes) - 1
-    for group, costs in _groups(take, quantizer, before, prefixes):
+    for group, costs in groups_of(take, quantizer, before, prefixes):
         prefix = int(prefixes[group[0]])
         feasible = loads.feasible(len(group), sizes[level])
         prices = start.find(prefix) if start is not None else None
@@ -137,7 +137,7 @@ def _table(found: dict[int, NDArray[np.float32]], size: int) -> PriceTable:
     return PriceTable(np.array(prefixes, dtype=np.int64), values)
 
 
-def _groups(
+def groups_of(
     take: Take, quantizer: ResidualCodebooks, before: Codes, prefixes: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Callable[[NDArray[np.int64]], NDArray[np.float32]]]]:
     """Yield the rows of each prefix, ascending, and what returns their costs on the level after it."""

@@ -71,14 +71,20 @@ def encoding_config(model_folder: Path, new_items: str) -> dict[str, Any]:
     return values | {"suffix": False, "out": "encoded"}
 
 
-def encode_items(config: BuildConfig, model_folder: Path, run: Runner) -> CellRefs:
+def encode_items(config: BuildConfig, model_folder: Path, run: Runner, *, unique: bool = False) -> CellRefs:
     """Give new items their IDs from a frozen model, and report how they collide.
 
+    Args:
+        unique: contents that the model does not know get IDs that no content has; the model returned knows them.
+
     Raises:
+        UsageError: unique IDs are asked for and cannot be given.
         DataError: the new vectors would come from another model than those the quantizer was trained on.
     """
     model = _model_in(model_folder)
     items = run(pipeline.scan_catalogue(config))
+    if unique:
+        encoding.check_unique(items, model)
     stage = pipeline.make_vectors(config, items)
     trained_on: dict[str, Any] = StageReader(model.path).summary["vectors"]
     now = pipeline.vector_model(stage.ingredients)
@@ -95,9 +101,10 @@ def encode_items(config: BuildConfig, model_folder: Path, run: Runner) -> CellRe
             f"(they differ in {', '.join(different)}); pass the same --model, or train again"
         )
     vectors = run(stage)
-    codes = run(encoding.encode_vectors(items, vectors, model))
+    codes = run(encoding.encode_vectors(items, vectors, model, unique=unique))
     ids = run(encoding.assign_ids(config, items, codes))
-    return CellRefs(model, ids, run(write_report(config, items, vectors, model, codes)))
+    report = run(write_report(config, items, vectors, model, codes))
+    return CellRefs(run(encoding.extend_model(items, model, codes)) if unique else model, ids, report)
 
 
 def _model_in(folder: Path) -> Ref:

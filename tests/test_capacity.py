@@ -107,7 +107,8 @@ def test_prices_press_only_where_a_bound_does_and_lead_later_rows_to_the_same_lo
 
 def test_rounding_moves_the_rows_that_lose_least() -> None:
     costs = np.array([[0, 9], [0, 1], [0, 5], [9, 0]], np.float32)
-    codes = round_to_loads(lambda some: costs[some], np.array([0, 0, 0, 1]), 2, Loads(0, 2))
+    limits = {"least": np.array([0, 0]), "most": np.array([2, 2])}
+    codes = round_to_loads(lambda some: costs[some], np.array([0, 0, 0, 1]), **limits)
     assert codes.tolist() == [0, 1, 0, 1]
 
 

@@ -11,7 +11,9 @@ from pydantic import Field
 
 from semids.arrays import Codes
 from semids.balance import Potentials, fit_potentials, standard_deviation
+from semids.free_ids import find_free_ids
 from semids.kmeans import fit_codebook, sample_rows, training_budget
+from semids.prefixes import Take
 from semids.progress import Progress
 from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors, read_prices
 from semids.quantizers.base import (
@@ -47,6 +49,10 @@ class ResidualKMeansSettings(QuantizerSettings):
 
 class FrozenResidualKMeans(ResidualCodebooks, FrozenQuantizer):
     """Residual codebooks in the space of the vectors themselves."""
+
+    def find_free_ids(self, take: Take, given: Codes, *, rows: int) -> Codes:
+        """Return the codes of rows, each its own and none among the given."""
+        return find_free_ids(take, self, given, rows=rows)
 
 
 class ResidualKMeans(Quantizer):
