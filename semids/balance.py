@@ -86,6 +86,7 @@ def fit_potentials(
     max_iterations: int,
     start: NDArray[np.float32] | None = None,
     bounds: Shares | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Potentials:
     """Find per-codeword potentials that make every codeword equally used, or keep its share within bounds.
 
@@ -105,6 +106,7 @@ def fit_potentials(
         start: (K,) potentials to begin from, for costs close to those they were fitted on; annealing then
             begins nearer to epsilon. None begins from zeros.
         bounds: None asks for 1/K of the rows for every codeword.
+        tolerance: marginal error at which to stop. Larger ends sooner, for potentials that are fitted again.
 
     Raises:
         ShapeError: costs is not 2-D, has fewer rows than 1 or fewer columns than 2, or holds a non-finite entry.
@@ -128,7 +130,7 @@ def fit_potentials(
     if len(coarse) < len(costs):
         values, steps, _ = climb(coarse, values, epsilon, COARSE_TOLERANCE, max_iterations)
         iterations += steps
-    values, steps, marginal_error = climb(costs, values, epsilon, TOLERANCE, max_iterations)
+    values, steps, marginal_error = climb(costs, values, epsilon, tolerance, max_iterations)
     frozen = values.astype(np.float32)
     load_min, load_max = _hard_loads(costs, frozen)
     converged = marginal_error <= TOLERANCE

@@ -212,6 +212,8 @@ def _normal_equations(
         ones, ends = np.ones(len(columns), np.float32), np.arange(len(block) + 1) * len(sizes)
         chosen = csr_array((ones, columns, ends), shape=(len(block), total))
         vectors = take(block)
+        if vectors.dtype != np.float32:
+            vectors = widen(vectors, out=np.empty(vectors.shape, np.float32))
         # float32 within a block, float64 from block to block: a codeword of a large catalogue sums 100,000 rows.
-        sums += chosen.T @ widen(vectors, out=np.empty(vectors.shape, np.float32))
+        sums += chosen.T @ vectors
     return gram, sums

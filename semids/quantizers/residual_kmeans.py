@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from semids.arrays import Codes
-from semids.balance import Potentials, fit_potentials, standard_deviation
+from semids.balance import COARSE_TOLERANCE, TOLERANCE, Potentials, fit_potentials, standard_deviation
 from semids.free_ids import find_free_ids
 from semids.kmeans import fit_codebook, sample_rows, training_budget
-from semids.prefixes import Take
+from semids.prefixes import Take, refit_jointly
 from semids.progress import Progress
 from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors, read_prices
 from semids.quantizers.base import (
@@ -34,6 +34,8 @@ above the nearest mapping, 12 leave 0.7 %."""
 RELATIVE_EPSILON = 0.01
 """Smoothing of the uniform mapping over the standard deviation of its costs."""
 MAX_ITERATIONS = 60
+COARSE_ROWS_PER_CODEWORD = 256
+"""Rows that potentials are fitted on while the codebook still moves."""
 COST_BYTES = 1 << 30
 """Largest cost matrix that potentials are fitted on; it bounds their sample at large codebooks."""
 
@@ -181,11 +183,20 @@ def _balance(
     """Move a codebook to the centroids of a balanced assignment, and find its potentials."""
     size = len(codebook)
     fitted_on = residuals[sample_rows(len(residuals), COST_BYTES // (4 * size), seed=seed)]
-    potentials = _fit_uniform(fitted_on, codebook, start=None)
+    coarse = fitted_on[:: max(1, len(fitted_on) // (COARSE_ROWS_PER_CODEWORD * size))]
+    potentials = _fit_uniform(coarse, codebook, start=None, tolerance=COARSE_TOLERANCE)
     for step in range(REFIT_STEPS):
         done(step + 1)
-        codebook = _centroids(residuals, FrozenResidualKMeans((codebook,), (potentials.values,)))
-        potentials = _fit_uniform(fitted_on, codebook, start=potentials.values)
+        codes = FrozenResidualKMeans((codebook,), (potentials.values,)).assign(residuals)
+        # Rows are asked for in runs: a slice of them needs no copy.
+        (codebook,) = refit_jointly(lambda rows: residuals[rows[0] : rows[-1] + 1], codes, (codebook,))
+        last = step == REFIT_STEPS - 1
+        potentials = _fit_uniform(
+            fitted_on if last else coarse,
+            codebook,
+            start=potentials.values,
+            tolerance=TOLERANCE if last else COARSE_TOLERANCE,
+        )
     done(REFIT_STEPS + 1)
     evidence: dict[str, Any] = {
         "rows": len(residuals),
@@ -201,7 +212,11 @@ def _balance(
 
 
 def _fit_uniform(
-    residuals: NDArray[np.float32], codebook: NDArray[np.float32], *, start: NDArray[np.float32] | None
+    residuals: NDArray[np.float32],
+    codebook: NDArray[np.float32],
+    *,
+    start: NDArray[np.float32] | None,
+    tolerance: float,
 ) -> Potentials:
     costs = residuals @ (-2 * codebook.T)
     costs += np.einsum("kd,kd->k", codebook, codebook)
@@ -209,16 +224,4 @@ def _fit_uniform(
     spread = standard_deviation(costs)
     # Constant costs (every residual zero) leave nothing to balance; any smoothing gives zero potentials.
     epsilon = RELATIVE_EPSILON * spread or 1.0
-    return fit_potentials(costs, epsilon=epsilon, max_iterations=MAX_ITERATIONS, start=start)
-
-
-def _centroids(residuals: NDArray[np.float32], assignment: FrozenResidualKMeans) -> NDArray[np.float32]:
-    codes = assignment.assign(residuals)[:, 0]
-    codebook = assignment.codebooks[0]
-    order = np.argsort(codes, kind="stable")
-    counts = np.bincount(codes, minlength=len(codebook))
-    used = np.flatnonzero(counts)
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])[used]
-    centroids = codebook.copy()
-    centroids[used] = np.add.reduceat(residuals[order], starts, axis=0, dtype=np.float64) / counts[used, None]
-    return centroids
+    return fit_potentials(costs, epsilon=epsilon, max_iterations=MAX_ITERATIONS, start=start, tolerance=tolerance)

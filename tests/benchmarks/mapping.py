@@ -1,0 +1,107 @@
+"""Mappings: uniform and capacity of semids against the usual dense Sinkhorn, from the same codebooks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semids.arrays import Codes, capacity_of
+from semids.capacity import resolve_bounds
+from semids.progress import silent
+from semids.quantizers.base import MappingName, Tensors, TrainingData
+from semids.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansSettings
+from semids.shards import ShardedArray, ShardLayout
+from tests.benchmarks.dense_sinkhorn import assign_by_dense_sinkhorn
+from tests.benchmarks.measure import Contender, Record, take_turns
+from tests.benchmarks.quality import SIZES, Codebooks, id_figures, with_beam
+
+PART = "mapping"
+SEED = 0
+
+Assigned = tuple[Codebooks, Codes]
+"""The codebooks that reconstruct, and the (n, L) codes of all rows."""
+
+
+def measure_mappings(vectors: NDArray[np.float16], codebooks: Codebooks) -> None:
+    """Measure how long all (n, d) vectors take to their codes under each mapping, from the nearest one's codebooks."""
+    distinct, places = _distinct_rows(vectors)
+    runs: dict[str, Callable[[], Assigned]] = {
+        "semids, nearest": lambda: (codebooks, with_beam(codebooks, 1).encode(vectors)),
+        "semids, uniform": lambda: _map_uniformly(vectors, codebooks),
+        "semids, capacity": lambda: _map_within_bounds(vectors, codebooks),
+        "dense Sinkhorn (POT), greedy rounding": lambda: (codebooks, assign_by_dense_sinkhorn(vectors, codebooks)),
+    }
+
+    def finish(name: str, outcome: Assigned) -> Mapping[str, Any]:
+        return id_figures(outcome[0], vectors, outcome[1])
+
+    facts = {
+        "rows": len(vectors),
+        "distinct_contents": len(distinct),
+        "dimensions": vectors.shape[1],
+        "sizes": SIZES,
+    }
+    del distinct, places
+    take_turns(Record(PART, facts), {name: Contender(run, 1) for name, run in runs.items()}, finish)
+
+
+def _map_uniformly(vectors: NDArray[np.float16], codebooks: Codebooks) -> Assigned:
+    with tempfile.TemporaryDirectory() as folder:
+        array = _as_sharded(vectors, Path(folder))
+        quantizer, outcomes = _train("uniform", array, codebooks)
+        frozen = quantizer.freeze(quantizer.assemble(outcomes))
+        return _codebooks_of(quantizer.assemble(outcomes)), frozen.encode(vectors)
+
+
+def _map_within_bounds(vectors: NDArray[np.float16], codebooks: Codebooks) -> Assigned:
+    """Place the distinct contents: rows with equal vectors share their ID."""
+    distinct, places = _distinct_rows(vectors)
+    with tempfile.TemporaryDirectory() as folder:
+        quantizer, outcomes = _train("capacity", _as_sharded(vectors[distinct], Path(folder)), codebooks)
+    given = quantizer.given_codes(outcomes)
+    assert given is not None, "the mapping capacity gives codes itself"
+    return _codebooks_of(quantizer.assemble(outcomes)), given[places]
+
+
+def _train(
+    mapping: MappingName, array: ShardedArray, codebooks: Codebooks
+) -> tuple[ResidualKMeans, dict[str, Tensors]]:
+    """Carry out the steps of a mapping, given the outcomes of those that fit the codebooks."""
+    bounds = resolve_bounds(array.layout.rows, capacity_of(SIZES), least="auto", most="auto")
+    quantizer = ResidualKMeans(SIZES, mapping, ResidualKMeansSettings(), seed=SEED, bounds=bounds)
+    outcomes: dict[str, Tensors] = {
+        f"codebook-{level}": {"codebook": codebook, "potentials": np.zeros(len(codebook), np.float32)}
+        for level, codebook in enumerate(codebooks, start=1)
+    }
+    data = TrainingData(array, np.arange(array.layout.rows))
+    for step in quantizer.training_steps():
+        if step.name not in outcomes:
+            needed = {name: outcomes[name] for name in step.needs}
+            outcomes[step.name] = quantizer.run_step(step, data, needed, silent).tensors
+    return quantizer, outcomes
+
+
+def _codebooks_of(tensors: Tensors) -> Codebooks:
+    return tuple(tensors[f"codebook_{level}"] for level in range(1, len(SIZES) + 1))
+
+
+def _as_sharded(vectors: NDArray[np.float16], folder: Path) -> ShardedArray:
+    """Write vectors as the one shard of an array."""
+    path = folder / "vectors.npy"
+    np.save(path, vectors)
+    return ShardedArray(ShardLayout(*vectors.shape, str(vectors.dtype), shard_rows=len(vectors)), lambda _: path)
+
+
+def _distinct_rows(vectors: NDArray[np.float16]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the (D,) first rows of distinct contents, ascending, and which of these each of the (n,) rows is."""
+    rows_as_bytes = np.ascontiguousarray(vectors).view(np.dtype((np.void, vectors.itemsize * vectors.shape[1])))
+    _, first, places = np.unique(rows_as_bytes.ravel(), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(order))
+    return first[order], ranks[places]

@@ -1,0 +1,94 @@
+"""Training: CPU time and held-out error of codebooks by semids, FAISS, scikit-learn and semantic-id."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import MiniBatchKMeans
+
+from tests.benchmarks.measure import Contender, Record, take_turns
+from tests.benchmarks.quality import SIZES, Codebooks, fit_codebooks, relative_mse, with_beam
+
+PART = "training"
+HELD_OUT_ROWS = 20_000
+FAISS_ROWS = 65_536
+"""FAISS keeps the residuals of every row and path, at 1,024 dimensions some 60 kB a row, and fits its codewords to
+256 rows each of these whatever their number."""
+SEMANTIC_ID_ROWS = 32_768
+"""semantic-id fits each level in 10 starts of up to 100 steps."""
+SEMANTIC_ID = "semantic-id RQKMeans, default"
+
+
+def measure_training(vectors: NDArray[np.float16]) -> None:
+    """Measure how long codebooks of SIZES take, and what error rows that none of them saw then have.
+
+    The last HELD_OUT_ROWS of the (n, d) vectors are held out; contenders with fewer rows take the first ones.
+    """
+    rows, held_out = vectors[:-HELD_OUT_ROWS].astype(np.float32), vectors[-HELD_OUT_ROWS:].astype(np.float32)
+    faiss_rows = rows[:FAISS_ROWS]
+    runs: dict[str, tuple[Callable[[NDArray[np.float32]], Codebooks], NDArray[np.float32], int]] = {
+        "semids, 1 start of 10 steps": (lambda some: fit_codebooks(some, iterations=10, restarts=1), rows, 1),
+        "semids, 1 start of 10 steps, FAISS's rows": (
+            lambda some: fit_codebooks(some, iterations=10, restarts=1),
+            faiss_rows,
+            3,
+        ),
+        "semids, 1 start of 5 steps, FAISS's rows": (
+            lambda some: fit_codebooks(some, iterations=5, restarts=1),
+            faiss_rows,
+            3,
+        ),
+        "scikit-learn MiniBatchKMeans, default": (_fit_by_scikit_learn, rows, 3),
+        "FAISS ResidualQuantizer, default": (_fit_by_faiss, faiss_rows, 1),
+        "semids, default (3 starts of 25 steps)": (
+            lambda some: fit_codebooks(some, iterations=25, restarts=3),
+            rows,
+            1,
+        ),
+    }
+    if importlib.util.find_spec("semantic_id"):
+        runs[SEMANTIC_ID] = (_fit_by_semantic_id, rows[:SEMANTIC_ID_ROWS], 1)
+
+    def finish(name: str, outcome: Codebooks) -> Mapping[str, Any]:
+        errors = {}
+        for beam in (1, 5):
+            quantizer = with_beam(outcome, beam)
+            errors[f"relative_mse_beam_{beam}"] = relative_mse(quantizer, held_out, quantizer.encode(held_out))
+        return {"training_rows": len(runs[name][1]), **errors}
+
+    facts = {"dimensions": rows.shape[1], "sizes": SIZES, "held_out_rows": HELD_OUT_ROWS}
+    contenders = {
+        name: Contender(lambda fit=fit, some=some: fit(some), repetitions)
+        for name, (fit, some, repetitions) in runs.items()
+    }
+    take_turns(Record(PART, facts), contenders, finish)
+
+
+def _fit_by_faiss(rows: NDArray[np.float32]) -> Codebooks:
+    quantizer = faiss.ResidualQuantizer(rows.shape[1], len(SIZES), 8)
+    quantizer.train(rows)
+    codewords = faiss.vector_to_array(quantizer.codebooks).reshape(-1, rows.shape[1])
+    return tuple(np.split(codewords, np.cumsum(SIZES)[:-1]))
+
+
+def _fit_by_scikit_learn(rows: NDArray[np.float32]) -> Codebooks:
+    residuals = rows.copy()
+    books: Codebooks = ()
+    for size in SIZES:
+        model = MiniBatchKMeans(size, random_state=0).fit(residuals)
+        residuals -= model.cluster_centers_[model.labels_]
+        books = (*books, model.cluster_centers_)
+    return books
+
+
+def _fit_by_semantic_id(rows: NDArray[np.float32]) -> Codebooks:
+    # Installed without its dependencies, some of which only its constrained clustering needs; hence optional here.
+    from semantic_id import RQKMeans
+
+    model = RQKMeans(n_levels=len(SIZES), n_clusters=list(SIZES), random_state=0).fit(rows)
+    return tuple(np.asarray(codebook, np.float32) for codebook in model.codebooks_)
