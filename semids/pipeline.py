@@ -205,6 +205,7 @@ def freeze_model(config: BuildConfig, items: Ref, vectors: Ref, steps: Mapping[s
         inputs={"contents": contents_digest(items), "vectors": vectors, **steps},
         parameters={
             **config.model_dump(include={"shape", "mapping", "quantizer"}),
+            **config.make_quantizer(count_contents(items)).model_parameters(),
             "catalogue": config.catalogue.model_dump(exclude={"path"}),
             "vectors": vector_model(StageReader(vectors.path).manifest["ingredients"]),
         },

@@ -125,6 +125,8 @@ CHANGES: list[tuple[str, Callable[[Project], None], dict[str, Any], list[str], s
     ("mapping", nothing, {"mapping": "nearest"}, [], LAST),
     ("mapping capacity", nothing, {"mapping": "capacity"}, [], {*BOUNDED, *LAST}),
     ("bounds of a mapping that has none", nothing, {}, ["max_contents_per_id=9"], set()),
+    ("beam of a mapping that searches none", nothing, {}, ["options.residual_kmeans.beam=5"], set()),
+    ("beam", nothing, {"mapping": "nearest"}, ["options.residual_kmeans.beam=5"], LAST),
     ("iterations", nothing, {}, ["options.residual_kmeans.iterations=1"], AFTER_VECTORS),
     ("suffix", nothing, {}, ["suffix=true"], {"ids"}),
     ("template", nothing, {"template": "{title} by {brand}"}, [], EVERYTHING),

@@ -129,3 +129,30 @@ def test_a_sample_is_drawn_by_seed_without_repetition() -> None:
     assert not np.array_equal(first, other)
     assert len(np.unique(first)) == 500
     assert np.array_equal(sample_rows(7, 100, seed=0), np.arange(7))
+
+
+@pytest.mark.parametrize("product_bytes", [residual.PRODUCT_BYTES, 0])
+@pytest.mark.parametrize("beam", [2, 5, 40])
+def test_codes_equal_faiss_at_wider_beams(
+    beam: int, product_bytes: int, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residual, "PRODUCT_BYTES", product_bytes)
+    greedy = make_codebooks((16, 16, 16), 24)
+    books = ResidualCodebooks(greedy.codebooks, greedy.potentials, (), beam)
+    quantizer = faiss.ResidualQuantizer(24, 3, 4)
+    quantizer.max_beam_size = beam
+    faiss.copy_array_to_vector(np.concatenate(books.codebooks).ravel(), quantizer.codebooks)
+    quantizer.is_trained = True
+    bits = np.unpackbits(quantizer.compute_codes(vectors), axis=1, bitorder="little")[:, :12].reshape(-1, 3, 4)
+    codes = books.encode(vectors)
+    assert np.array_equal(codes, bits @ np.array([1, 2, 4, 8], dtype=np.uint8))
+    errors, before = (some.squared_errors(vectors, some.encode(vectors))[:, -1] for some in (books, greedy))
+    assert errors.mean() < 0.98 * before.mean()  # seen: 0.967 at beam 2
+
+
+def test_a_beam_over_all_paths_finds_the_best_code(vectors: np.ndarray) -> None:
+    greedy = make_codebooks((5, 4, 3), 24)
+    books = ResidualCodebooks(greedy.codebooks, greedy.potentials, (), 60)
+    everything = np.stack(np.unravel_index(np.arange(60), (5, 4, 3)), axis=1).astype(np.uint8)
+    distances = ((vectors[:200, None] - books.decode(everything)[None]) ** 2).sum(axis=2)
+    assert np.array_equal(books.encode(vectors[:200]), everything[distances.argmin(axis=1)])

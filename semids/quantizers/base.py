@@ -136,6 +136,10 @@ class Quantizer(ABC):
     def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:
         """Return the tensors of the frozen quantizer from those of every step."""
 
+    def model_parameters(self) -> dict[str, Any]:
+        """Return what decides the frozen quantizer besides shape, mapping and the training steps, as JSON."""
+        return {}
+
     def given_codes(self, outcomes: Mapping[str, Tensors]) -> Codes | None:
         """Return the (D, L) codes that training gave to the contents, where they are more than what encoding gives."""
         return None

@@ -47,6 +47,9 @@ class ResidualKMeansSettings(QuantizerSettings):
     """Lloyd steps of a start. More than 50 gain little."""
     restarts: int = Field(3, ge=1, le=100)
     """Independent starts of a level, of which the best is kept; time grows in proportion."""
+    beam: int = Field(1, ge=1, le=64)
+    """Paths kept while codes are searched, under the mapping nearest alone. 1 takes the nearest codeword of each level;
+    5 finds codes of a lower error in 1.3 times the time; beyond, little more is found."""
 
 
 class FrozenResidualKMeans(ResidualCodebooks, FrozenQuantizer):
@@ -76,7 +79,7 @@ class ResidualKMeans(Quantizer):
                 TrainingStep(
                     name=f"codebook-{level}",
                     title=f"Fit codebook {level} ({size} codewords)",
-                    parameters={"size": size, "seed": self.seed, **self.settings.model_dump()},
+                    parameters={"size": size, "seed": self.seed, **self.settings.model_dump(exclude={"beam"})},
                     run=type(self)._fit_codebook,
                     needs=tuple(f"codebook-{before}" for before in range(1, level)),
                 )
@@ -148,16 +151,22 @@ class ResidualKMeans(Quantizer):
     def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:
         """Return `codebook_l` (K_l, d) and `potentials_l` (K_l,) float32 for every level l from 1.
 
-        Under the mapping capacity, `price_prefixes_l` (m,) int64 and `prices_l` (m, K_l) float32, besides.
+        Under the mapping capacity, `price_prefixes_l` (m,) int64 and `prices_l` (m, K_l) float32, besides; where codes
+        are searched, `beam` (1,) int64.
         """
         if self.mapping == "capacity":
             return bounded_tensors(outcomes)
         kind = "codebook" if self.mapping == "nearest" else self.mapping
-        return {
+        tensors = {
             f"{part}_{level}": outcomes[f"{kind}-{level}"][part]
             for level in range(1, len(self.sizes) + 1)
             for part in ("codebook", "potentials")
         }
+        return tensors | {name: np.array([value]) for name, value in self.model_parameters().items()}
+
+    def model_parameters(self) -> dict[str, int]:
+        """Return the width of the search, where there is one."""
+        return {"beam": self.settings.beam} if self.mapping == "nearest" and self.settings.beam > 1 else {}
 
     @staticmethod
     def freeze(tensors: Tensors) -> FrozenQuantizer:
@@ -168,12 +177,13 @@ class ResidualKMeans(Quantizer):
                 for level in range(1, len([name for name in tensors if name.startswith("codebook_")]) + 1)
             ],
             read_prices(tensors),
+            beam=int(tensors["beam"][0]) if "beam" in tensors else 1,
         )
 
 
-def _codebooks(levels: list[Tensors], prices: tuple[PriceTable, ...] = ()) -> FrozenResidualKMeans:
+def _codebooks(levels: list[Tensors], prices: tuple[PriceTable, ...] = (), *, beam: int = 1) -> FrozenResidualKMeans:
     return FrozenResidualKMeans(
-        tuple(level["codebook"] for level in levels), tuple(level["potentials"] for level in levels), prices
+        tuple(level["codebook"] for level in levels), tuple(level["potentials"] for level in levels), prices, beam
     )
 
 

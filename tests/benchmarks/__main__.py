@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.benchmarks import encode, mapping, training
+from tests.benchmarks.measure import circumstances
 from tests.benchmarks.quality import fit_codebooks
 from tests.benchmarks.tables import format_part
 from tests.benchmarks.vectors import generate_vectors
@@ -36,6 +37,7 @@ def main() -> None:
 
 
 def _measure(parts: tuple[str, ...], path: Path) -> None:
+    circumstances()  # The revision that is imported, whatever is committed while it runs.
     if not path.exists():
         generate_vectors(path, ROWS, DIMENSIONS)
     vectors = np.load(path)

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def take_turns(
                 record.add_figures(name, finish(name, outcome))
 
 
+@cache
 def circumstances() -> dict[str, Any]:
-    """Return the revision, versions, machine and thread limits that times depend on."""
+    """Return the revision, versions, machine and thread limits that times depend on, as they are at the first call."""
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True, check=True
     )
