@@ -145,9 +145,12 @@ def groups_of(
 
     def costs_of(rows: NDArray[np.int64]) -> NDArray[np.float32]:
         costs = np.empty((len(rows), quantizer.sizes[level]), np.float32)
+        # Ascending: vectors that are not in memory are read in one sweep over the disk, whatever groups they are of.
+        ascending = np.argsort(rows, kind="stable")
         for start in range(0, len(rows), READ_ROWS):
-            some = rows[start : start + READ_ROWS]
-            costs[start : start + READ_ROWS] = quantizer.costs(take(some), before[some], level)
+            places = ascending[start : start + READ_ROWS]
+            some = rows[places]
+            costs[places] = quantizer.costs(take(some), before[some], level)
         return costs
 
     block_rows = max(1, BLOCK_BYTES // (4 * quantizer.sizes[level]))
