@@ -29,7 +29,6 @@ Assigned = tuple[Codebooks, Codes]
 
 def measure_mappings(vectors: NDArray[np.float16], codebooks: Codebooks) -> None:
     """Measure how long all (n, d) vectors take to their codes under each mapping, from the nearest one's codebooks."""
-    distinct, places = _distinct_rows(vectors)
     runs: dict[str, Callable[[], Assigned]] = {
         "semids, nearest": lambda: (codebooks, with_beam(codebooks, 1).encode(vectors)),
         "semids, uniform": lambda: _map_uniformly(vectors, codebooks),
@@ -42,11 +41,10 @@ def measure_mappings(vectors: NDArray[np.float16], codebooks: Codebooks) -> None
 
     facts = {
         "rows": len(vectors),
-        "distinct_contents": len(distinct),
+        "distinct_contents": len(_distinct_rows(vectors)[0]),
         "dimensions": vectors.shape[1],
         "sizes": SIZES,
     }
-    del distinct, places
     take_turns(Record(PART, facts), {name: Contender(run, 1) for name, run in runs.items()}, finish)
 
 

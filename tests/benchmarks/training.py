@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import faiss
@@ -19,52 +21,55 @@ HELD_OUT_ROWS = 20_000
 FAISS_ROWS = 65_536
 """FAISS keeps the residuals of every row and path, at 1,024 dimensions some 60 kB a row, and fits its codewords to
 256 rows each of these whatever their number."""
-SEMANTIC_ID_ROWS = 32_768
+SEMANTIC_ID_ROWS = 16_384
 """semantic-id fits each level in 10 starts of up to 100 steps."""
-SEMANTIC_ID = "semantic-id RQKMeans, default"
+EVALUATION_BEAMS = (1, 5)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A way to codebooks: what fits them, to how many of the first rows (None: all), and how often that is timed."""
+
+    run: Callable[[NDArray[np.float32]], Codebooks]
+    rows: int | None
+    repetitions: int
+
+
+def training_contenders() -> dict[str, Fit]:
+    """Return who is measured, by name; semantic-id where it is installed."""
+    quick = partial(fit_codebooks, restarts=1)
+    fits = {
+        "semids, 1 start of 10 steps": Fit(partial(quick, iterations=10), None, 1),
+        "semids, 1 start of 10 steps, fewer rows": Fit(partial(quick, iterations=10), FAISS_ROWS, 3),
+        "semids, 1 start of 5 steps, fewer rows": Fit(partial(quick, iterations=5), FAISS_ROWS, 3),
+        "semids, 1 start of 4 steps, fewer rows": Fit(partial(quick, iterations=4), 5 * FAISS_ROWS // 4, 3),
+        "scikit-learn MiniBatchKMeans, default": Fit(_fit_by_scikit_learn, None, 3),
+        "FAISS ResidualQuantizer, default": Fit(_fit_by_faiss, FAISS_ROWS, 1),
+        "semids, default (3 starts of 25 steps)": Fit(partial(fit_codebooks, iterations=25, restarts=3), None, 1),
+    }
+    if importlib.util.find_spec("semantic_id"):
+        fits["semantic-id RQKMeans, default"] = Fit(_fit_by_semantic_id, SEMANTIC_ID_ROWS, 1)
+    return fits
 
 
 def measure_training(vectors: NDArray[np.float16]) -> None:
     """Measure how long codebooks of SIZES take, and what error rows that none of them saw then have.
 
-    The last HELD_OUT_ROWS of the (n, d) vectors are held out; contenders with fewer rows take the first ones.
+    The last HELD_OUT_ROWS of the (n, d) vectors are held out.
     """
     rows, held_out = vectors[:-HELD_OUT_ROWS].astype(np.float32), vectors[-HELD_OUT_ROWS:].astype(np.float32)
-    faiss_rows = rows[:FAISS_ROWS]
-    runs: dict[str, tuple[Callable[[NDArray[np.float32]], Codebooks], NDArray[np.float32], int]] = {
-        "semids, 1 start of 10 steps": (lambda some: fit_codebooks(some, iterations=10, restarts=1), rows, 1),
-        "semids, 1 start of 10 steps, FAISS's rows": (
-            lambda some: fit_codebooks(some, iterations=10, restarts=1),
-            faiss_rows,
-            3,
-        ),
-        "semids, 1 start of 5 steps, FAISS's rows": (
-            lambda some: fit_codebooks(some, iterations=5, restarts=1),
-            faiss_rows,
-            3,
-        ),
-        "scikit-learn MiniBatchKMeans, default": (_fit_by_scikit_learn, rows, 3),
-        "FAISS ResidualQuantizer, default": (_fit_by_faiss, faiss_rows, 1),
-        "semids, default (3 starts of 25 steps)": (
-            lambda some: fit_codebooks(some, iterations=25, restarts=3),
-            rows,
-            1,
-        ),
-    }
-    if importlib.util.find_spec("semantic_id"):
-        runs[SEMANTIC_ID] = (_fit_by_semantic_id, rows[:SEMANTIC_ID_ROWS], 1)
+    fits = training_contenders()
 
     def finish(name: str, outcome: Codebooks) -> Mapping[str, Any]:
-        errors = {}
-        for beam in (1, 5):
+        figures: dict[str, Any] = {"training_rows": fits[name].rows or len(rows)}
+        for beam in EVALUATION_BEAMS:
             quantizer = with_beam(outcome, beam)
-            errors[f"relative_mse_beam_{beam}"] = relative_mse(quantizer, held_out, quantizer.encode(held_out))
-        return {"training_rows": len(runs[name][1]), **errors}
+            figures[f"relative_mse_beam_{beam}"] = relative_mse(quantizer, held_out, quantizer.encode(held_out))
+        return figures
 
     facts = {"dimensions": rows.shape[1], "sizes": SIZES, "held_out_rows": HELD_OUT_ROWS}
     contenders = {
-        name: Contender(lambda fit=fit, some=some: fit(some), repetitions)
-        for name, (fit, some, repetitions) in runs.items()
+        name: Contender(lambda fit=fit: fit.run(rows[: fit.rows]), fit.repetitions) for name, fit in fits.items()
     }
     take_turns(Record(PART, facts), contenders, finish)
 
