@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -104,7 +104,7 @@ def fit_potentials(
         max_iterations: upper bound for each annealing step; an iteration is O(nK) time and O(K) memory beside the
             costs, O(nK²) and O(K²) where Newton steps are taken.
         start: (K,) potentials to begin from, for costs close to those they were fitted on; annealing then
-            begins nearer to epsilon. None begins from zeros.
+            begins nearer to epsilon. None, or a start that leads nowhere, begins from zeros.
         bounds: None asks for 1/K of the rows for every codeword.
         tolerance: marginal error at which to stop. Larger ends sooner, for potentials that are fitted again.
 
@@ -116,12 +116,35 @@ def fit_potentials(
     if not np.isfinite(costs).all():
         raise ShapeError("expected finite costs, got NaN or infinite entries")
     costs = costs.astype(np.float32, copy=False)
-    values = np.zeros(costs.shape[1]) if start is None else start.astype(np.float64)
     bounds = bounds or Shares(1 / costs.shape[1], 1 / costs.shape[1])
     climb = partial(_climb_by_newton if costs.shape[1] <= NEWTON_CODEWORDS else _climb_by_sinkhorn, bounds)
-    spread = standard_deviation(costs)
+    values, iterations, marginal_error = _anneal(climb, costs, start, epsilon, tolerance, max_iterations)
+    if start is not None and marginal_error > tolerance:
+        # Potentials of costs that have changed too much lead nowhere; the way from zero is longer and safe.
+        values, more, marginal_error = _anneal(climb, costs, None, epsilon, tolerance, max_iterations)
+        iterations += more
+    frozen = values.astype(np.float32)
+    load_min, load_max = _hard_loads(costs, frozen)
+    converged = marginal_error <= TOLERANCE
+    return Potentials(frozen, epsilon, iterations, marginal_error, converged, load_min, load_max)
+
+
+Climb = Callable[[NDArray[np.float32], NDArray[np.float64], float, float, int], tuple[NDArray[np.float64], int, float]]
+"""Takes costs, potentials, smoothing, tolerance and the most passes; returns better potentials, passes and error."""
+
+
+def _anneal(
+    climb: Climb,
+    costs: NDArray[np.float32],
+    start: NDArray[np.float32] | None,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[NDArray[np.float64], int, float]:
+    """Return potentials at a smoothing that is lowered to epsilon, the passes over the costs, and the error."""
+    values = np.zeros(costs.shape[1]) if start is None else start.astype(np.float64)
     coarse = costs[:: max(1, len(costs) // (COARSE_ROWS_PER_CODEWORD * costs.shape[1]))]
-    smoothing = max((0.3 if start is None else 0.02) * spread, epsilon)
+    smoothing = max((0.3 if start is None else 0.02) * standard_deviation(costs), epsilon)
     iterations = 0
     while smoothing > epsilon:
         values, steps, _ = climb(coarse, values, smoothing, COARSE_TOLERANCE, max_iterations)
@@ -131,10 +154,7 @@ def fit_potentials(
         values, steps, _ = climb(coarse, values, epsilon, COARSE_TOLERANCE, max_iterations)
         iterations += steps
     values, steps, marginal_error = climb(costs, values, epsilon, tolerance, max_iterations)
-    frozen = values.astype(np.float32)
-    load_min, load_max = _hard_loads(costs, frozen)
-    converged = marginal_error <= TOLERANCE
-    return Potentials(frozen, epsilon, iterations + steps, marginal_error, converged, load_min, load_max)
+    return values, iterations + steps, marginal_error
 
 
 def standard_deviation(costs: NDArray[np.float32]) -> float:

@@ -171,9 +171,6 @@ def _fit_prices(
     epsilon = RELATIVE_EPSILON * standard_deviation(sample) or 1.0
     bounds = Shares(loads.least / rows, min(1.0, loads.most / rows))
     found = fit_potentials(sample, epsilon=epsilon, max_iterations=MAX_ITERATIONS, start=start, bounds=bounds)
-    if start is not None and not found.converged:
-        # Prices of a group that has changed too much lead nowhere; the way from zero is longer and safe.
-        found = fit_potentials(sample, epsilon=epsilon, max_iterations=MAX_ITERATIONS, bounds=bounds)
     return found.values, found.converged
 
 

@@ -1,5 +1,7 @@
 """Potentials of the uniform mapping."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semids import balance
-from semids.balance import TOLERANCE, fit_potentials
+from semids.balance import TOLERANCE, Shares, fit_potentials
 from semids.errors import ShapeError
 
 
@@ -105,3 +107,17 @@ def test_potentials_balance_hard_assignments_that_nearest_leaves_skewed() -> Non
 def test_costs_that_are_not_costs_are_refused(costs: np.ndarray) -> None:
     with pytest.raises(ShapeError, match="expected"):
         fit_potentials(costs, epsilon=0.1, max_iterations=5)
+
+
+def test_a_start_that_leads_nowhere_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = make_costs(600, 16)
+    # One codeword so far ahead that the others get no row: the slope says nothing of how far they have to go.
+    astray = np.where(np.arange(16) == 3, 0, -1e4).astype(np.float32)
+    bounds = Shares(0, 1 / 16)
+    assert fit_potentials(costs, epsilon=0.01, max_iterations=60, start=astray, bounds=bounds).converged
+
+    def never_from_zero(*given: Any, anneal: Any = balance._anneal) -> Any:
+        return anneal(*given[:2], astray, *given[3:])
+
+    monkeypatch.setattr(balance, "_anneal", never_from_zero)
+    assert not fit_potentials(costs, epsilon=0.01, max_iterations=60, start=astray, bounds=bounds).converged

@@ -149,15 +149,13 @@ def main() -> None:
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print("| | rows | shape | anonymous memory | stages |\n|---|--:|---|--:|---|")
     for size in (small, large):
-        for mapping_name in ("nearest", "capacity"):
-            one = size[mapping_name]
-            parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in one["stage_seconds"].items())
-            print(
-                f"| {mapping_name} | {size['rows']:,} | {one['shape']} | {one['anonymous_bytes'] / 1e6:,.0f} MB | {parts} |"
-            )
-    print(
-        f"\nTime grows as rows to the power of {result['encoding_exponent']:.2f} (encoding), {result['mapping_exponent']:.2f} (mapping)."
-    )
+        for name in ("nearest", "capacity"):
+            one = size[name]
+            parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in one["stage_seconds"].items())
+            memory = f"{one['anonymous_bytes'] / 1e6:,.0f} MB"
+            print(f"| {name} | {size['rows']:,} | {one['shape']} | {memory} | {parts} |")
+    powers = f"{result['encoding_exponent']:.2f} (encoding), {result['mapping_exponent']:.2f} (mapping)"
+    print(f"\nTime grows as rows to the power of {powers}.")
 
 
 if __name__ == "__main__":
