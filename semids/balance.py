@@ -31,12 +31,16 @@ BLOCK_ENTRIES = 1 << 20
 """Entries of the cost matrix handled at a time, so that the temporaries stay in the processor's cache."""
 
 
+Share = float | NDArray[np.float64]
+"""One share of all rows for every codeword, or (K,) of them."""
+
+
 @dataclass(frozen=True)
 class Shares:
     """The least and the most of all rows that a codeword may have: equal numbers ask for just that share."""
 
-    least: float
-    most: float
+    least: Share
+    most: Share
 
     def targets(self, values: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the (K,) shares that the optimum has: a bound where a potential presses, else what is within them."""
@@ -47,7 +51,7 @@ class Shares:
         self, values: NDArray[np.float64], moved: NDArray[np.float64], shares: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Return moved potentials of which none presses to the side whose bound is slack."""
-        if self.least == self.most:
+        if np.array_equal(self.least, self.most):
             return moved - moved.mean()  # A common constant changes nothing but would grow.
         below = (values < 0) | ((values == 0) & (shares > self.most))
         above = (values > 0) | ((values == 0) & (shares < self.least))
