@@ -141,19 +141,11 @@ def groups_of(
     take: Take, quantizer: ResidualCodebooks, before: Codes, prefixes: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Callable[[NDArray[np.int64]], NDArray[np.float32]]]]:
     """Yield the rows of each prefix, ascending, and what returns their costs on the level after it."""
-    level = before.shape[1]
 
     def costs_of(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        costs = np.empty((len(rows), quantizer.sizes[level]), np.float32)
-        # Ascending: vectors that are not in memory are read in one sweep over the disk, whatever groups they are of.
-        ascending = np.argsort(rows, kind="stable")
-        for start in range(0, len(rows), READ_ROWS):
-            places = ascending[start : start + READ_ROWS]
-            some = rows[places]
-            costs[places] = quantizer.costs(take(some), before[some], level)
-        return costs
+        return read_costs(take, quantizer, before, rows)
 
-    block_rows = max(1, BLOCK_BYTES // (4 * quantizer.sizes[level]))
+    block_rows = max(1, BLOCK_BYTES // (4 * quantizer.sizes[before.shape[1]]))
     order = np.argsort(prefixes, kind="stable")
     starts = np.flatnonzero(np.diff(prefixes[order], prepend=-1))
     ends = np.append(starts[1:], len(order))
@@ -171,6 +163,19 @@ def groups_of(
                 part = dense[start - starts[first] : end - starts[first]]
                 yield group, lambda some, part=part: part[some]
         first = last
+
+
+def read_costs(take: Take, quantizer: ResidualCodebooks, before: Codes, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the (m, K) costs of the given rows on the level after the (n, l) codes before it, as `costs` has them."""
+    level = before.shape[1]
+    costs = np.empty((len(rows), quantizer.sizes[level]), np.float32)
+    # Ascending: vectors that are not in memory are read in one sweep over the disk, whatever prefixes they are under.
+    ascending = np.argsort(rows, kind="stable")
+    for start in range(0, len(rows), READ_ROWS):
+        places = ascending[start : start + READ_ROWS]
+        some = rows[places]
+        costs[places] = quantizer.costs(take(some), before[some], level)
+    return costs
 
 
 def refit_jointly(
