@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from semids.balance import Shares, fit_potentials, standard_deviation
 from semids.errors import ShapeError, UsageError
+from semids.parallel import in_order
 
 EXACT_ENTRIES = 1 << 18
 """Largest matrix of rows × places that is assigned exactly: 512 × 512 takes some 10 ms, and time grows as its cube."""
@@ -149,16 +150,16 @@ def assign_group(
 
 def cheapest_children(costs: Costs, rows: int, prices: NDArray[np.float32] | None) -> NDArray[np.int64]:
     """Return the (n,) children of least priced cost."""
-    codes = np.empty(rows, np.int64)
-    for chunk in _chunks(np.arange(rows)):
-        found = costs(chunk)
-        codes[chunk] = (found if prices is None else found - prices).argmin(axis=1)
-    return codes
+
+    def cheapest(some: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = costs(some)
+        return (found if prices is None else found - prices).argmin(axis=1)
+
+    return np.concatenate(list(in_order(cheapest, _chunks(np.arange(rows)))))
 
 
-def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(rows), CHUNK_ROWS):
-        yield rows[start : start + CHUNK_ROWS]
+def _chunks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    return [rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
 
 
 def _fit_prices(
@@ -207,18 +208,22 @@ def round_to_loads(
         else:
             return codes
         rows = np.flatnonzero(leave[codes])
-        targets, losses = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
-        for chunk in _chunks(np.arange(len(rows))):
-            reduced = costs(rows[chunk])
-            best = np.where(room > 0, reduced, np.inf).argmin(axis=1)
-            each = np.arange(len(chunk))
-            targets[chunk] = best
-            losses[chunk] = reduced[each, best] - reduced[each, codes[rows[chunk]]]
+        found = in_order(lambda some, room=room: _best_moves(costs(some), codes[some], room), _chunks(rows))
+        targets, losses = (np.concatenate(parts) for parts in zip(*found, strict=True))
         leaving = _cheapest(losses, codes[rows], leave)
         entering = _cheapest(losses[leaving], targets[leaving], room)
         chosen = leaving[entering]
         codes[rows[chosen]] = targets[chosen]
     raise AssertionError("every pass fills a child or empties one: there are no more passes than children")
+
+
+def _best_moves(
+    reduced: NDArray[np.float32], codes: NDArray[np.int64], room: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the (m,) best children with room, and what going there loses over staying."""
+    best = np.where(room > 0, reduced, np.inf).argmin(axis=1)
+    each = np.arange(len(codes))
+    return best, reduced[each, best] - reduced[each, codes]
 
 
 def _cheapest(losses: NDArray[Any], groups: NDArray[np.int64], most: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ INFRASTRUCTURE = frozenset(
         "errors",
         "families",
         "fingerprints",
+        "parallel",
         "progress",
         "settings",
         "shards",

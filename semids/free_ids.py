@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, capacity_of, check_vectors, code_dtype
 from semids.capacity import Costs, cheapest_children, round_to_loads
 from semids.errors import UsageError
-from semids.prefixes import Take, groups_of
+from semids.prefixes import Group, Take, groups_of, over_groups
 from semids.residual import ResidualCodebooks, prefix_numbers
 
 
@@ -40,16 +40,28 @@ def find_free_ids(take: Take, quantizer: ResidualCodebooks, given: Codes, *, row
     taken = np.unique(given, axis=0)
     check_room(sizes, taken, rows)
     codes = np.zeros((rows, len(sizes)), dtype=code_dtype(sizes))
-    for level, size in enumerate(sizes):
-        below = capacity_of(sizes[level + 1 :])
-        children, counts = np.unique(prefix_numbers(taken[:, : level + 1], sizes), return_counts=True)
-        prices = quantizer.prices[level] if quantizer.prices else None
-        prefixes = prefix_numbers(codes[:, :level], sizes)
-        for group, costs in groups_of(take, quantizer, codes[:, :level], prefixes):
-            prefix = int(prefixes[group[0]])
-            room = below - _counts_of_children(prefix * size, size, children, counts)
-            found = prices.find(prefix) if prices is not None else None
-            codes[group, level] = _assign_free(costs, len(group), room, found)
+    for level in range(len(sizes)):
+        codes[:, level] = _place_level(take, quantizer, codes[:, :level], taken)
+    return codes
+
+
+def _place_level(take: Take, quantizer: ResidualCodebooks, before: Codes, taken: Codes) -> NDArray[np.int64]:
+    """Return the (n,) codes on the level after the (n, l) before it, so that every row has a free ID below its own."""
+    sizes, level = quantizer.sizes, before.shape[1]
+    size, below = sizes[level], capacity_of(sizes[level + 1 :])
+    children, counts = np.unique(prefix_numbers(taken[:, : level + 1], sizes), return_counts=True)
+    prices = quantizer.prices[level] if quantizer.prices else None
+    prefixes = prefix_numbers(before, sizes)
+
+    def assign(group: Group) -> NDArray[np.int64]:
+        prefix = int(prefixes[group.rows[0]])
+        room = below - _counts_of_children(prefix * size, size, children, counts)
+        return _assign_free(group.costs, len(group.rows), room, prices.find(prefix) if prices is not None else None)
+
+    codes = np.empty(len(before), np.int64)
+    for groups in groups_of(take, quantizer, before, prefixes):
+        for group, found in zip(groups, over_groups(assign, groups), strict=True):
+            codes[group.rows] = found
     return codes
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from semids.arrays import Codes, capacity_of, code_dtype, widen
-from semids.capacity import Bounds, assign_group
+from semids.capacity import Bounds, Costs, GroupAssignment, assign_group
+from semids.parallel import in_order, thread_count
 from semids.residual import PriceTable, ResidualCodebooks, prefix_numbers
 
 BLOCK_BYTES = 256 << 20
@@ -22,6 +24,8 @@ SUM_ROWS = 1 << 16
 """Vectors summed at a time in float32."""
 RIDGE = 1e-3
 """Pull of a codeword to where it was, in rows: it settles codewords that no row has, and sums that codebooks share."""
+
+Result = TypeVar("Result")
 
 Take = Callable[[NDArray[np.int64]], NDArray[Any]]
 """Returns the (m, d) vectors of the given rows."""
@@ -76,18 +80,21 @@ def assign_level(
     prefixes = prefix_numbers(before, sizes)
     # The last level's prices would serve no one: an ID that is free now is taken later.
     is_last = level == len(sizes) - 1
-    for group, costs in groups_of(take, quantizer, before, prefixes):
-        prefix = int(prefixes[group[0]])
-        feasible = loads.feasible(len(group), sizes[level])
-        prices = start.find(prefix) if start is not None else None
-        outcome = assign_group(costs, len(group), feasible, start=prices, priced=priced and not is_last)
-        codes[group] = outcome.codes
-        moved += outcome.moved
-        converged &= outcome.converged
-        if outcome.prices.any() and not is_last:
-            found[prefix] = outcome.prices
-        finished += len(group)
-        done(finished)
+
+    def assign(group: Group) -> GroupAssignment:
+        feasible = loads.feasible(len(group.rows), sizes[level])
+        prices = start.find(int(prefixes[group.rows[0]])) if start is not None else None
+        return assign_group(group.costs, len(group.rows), feasible, start=prices, priced=priced and not is_last)
+
+    for groups in groups_of(take, quantizer, before, prefixes):
+        for group, outcome in zip(groups, over_groups(assign, groups), strict=True):
+            codes[group.rows] = outcome.codes
+            moved += outcome.moved
+            converged &= outcome.converged
+            if outcome.prices.any() and not is_last:
+                found[int(prefixes[group.rows[0]])] = outcome.prices
+            finished += len(group.rows)
+            done(finished)
     return BoundedLevel(codes, _table(found, sizes[level]), moved, converged)
 
 
@@ -137,10 +144,23 @@ def _table(found: dict[int, NDArray[np.float32]], size: int) -> PriceTable:
     return PriceTable(np.array(prefixes, dtype=np.int64), values)
 
 
+@dataclass(frozen=True)
+class Group:
+    """The rows of a prefix, ascending, and what returns the (m, K) costs of some of them, numbered from 0."""
+
+    rows: NDArray[np.int64]
+    costs: Costs
+
+
 def groups_of(
     take: Take, quantizer: ResidualCodebooks, before: Codes, prefixes: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], Callable[[NDArray[np.int64]], NDArray[np.float32]]]]:
-    """Yield the rows of each prefix, ascending, and what returns their costs on the level after it."""
+) -> Iterator[list[Group]]:
+    """Yield the rows of each prefix with their costs on the level after it: as many prefixes at once as memory holds.
+
+    Args:
+        before: (n, l) codes of the levels above.
+        prefixes: (n,) their numbers.
+    """
 
     def costs_of(rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return read_costs(take, quantizer, before, rows)
@@ -154,15 +174,20 @@ def groups_of(
         # As many whole groups as fit; a larger one alone, a part at a time.
         last = max(first + 1, int(np.searchsorted(ends, starts[first] + block_rows, side="right")))
         block = order[starts[first] : ends[last - 1]]
-        dense = costs_of(block) if len(block) <= block_rows else None
-        for start, end in zip(starts[first:last], ends[first:last], strict=True):
-            group = order[start:end]
-            if dense is None:
-                yield group, lambda some, group=group: costs_of(group[some])
-            else:
-                part = dense[start - starts[first] : end - starts[first]]
-                yield group, lambda some, part=part: part[some]
+        if len(block) > block_rows:
+            yield [Group(block, lambda some, block=block: costs_of(block[some]))]
+        else:
+            # Where the groups begin and end within the block.
+            marks = [int(mark) for mark in (*(starts[first:last] - starts[first]), len(block))]
+            dense = costs_of(block)
+            yield [Group(block[start:end], dense[start:end].__getitem__) for start, end in itertools.pairwise(marks)]
         first = last
+
+
+def over_groups(work: Callable[[Group], Result], groups: Sequence[Group]) -> Iterator[Result]:
+    """Return `work(group)` for every group, in their order."""
+    # Few groups are large ones, each of which keeps all threads busy.
+    return in_order(work, groups) if len(groups) >= thread_count() else map(work, groups)
 
 
 def read_costs(take: Take, quantizer: ResidualCodebooks, before: Codes, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -171,10 +196,13 @@ def read_costs(take: Take, quantizer: ResidualCodebooks, before: Codes, rows: ND
     costs = np.empty((len(rows), quantizer.sizes[level]), np.float32)
     # Ascending: vectors that are not in memory are read in one sweep over the disk, whatever prefixes they are under.
     ascending = np.argsort(rows, kind="stable")
-    for start in range(0, len(rows), READ_ROWS):
-        places = ascending[start : start + READ_ROWS]
+
+    def read(places: NDArray[np.int64]) -> None:
         some = rows[places]
         costs[places] = quantizer.costs(take(some), before[some], level)
+
+    for _ in in_order(read, [ascending[start : start + READ_ROWS] for start in range(0, len(rows), READ_ROWS)]):
+        pass
     return costs
 
 

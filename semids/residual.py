@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 
 from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype, widen
 from semids.errors import ShapeError
+from semids.parallel import in_order
 
 PRODUCT_BYTES = 1 << 30
 """Largest products of codewords with those of other levels that are kept: enough for 8 levels of 3,000 codewords, or 2
 of 16,384. Beyond, encoding subtracts what was chosen before each level, which is slower."""
 CHUNK_ROWS = 2048
 """Rows scored at a time: their scores (rows × codewords of all levels) stay in the processor's cache."""
+PART_ROWS = 8 * CHUNK_ROWS
+"""Rows that a thread encodes in one go, with the same arrays for all their chunks."""
 
 
 def prefix_numbers(codes: NDArray[np.integer], sizes: Sequence[int]) -> NDArray[np.int64]:
@@ -126,6 +129,13 @@ class ResidualCodebooks:
 
     def assign(self, rows: Vectors) -> Codes:
         """Return the codes of rows that are known to be finite and of the right width; zero rows are fine."""
+        codes = np.empty((len(rows), len(self.sizes)), dtype=code_dtype(self.sizes))
+        parts = _parts(len(rows))
+        for part, found in zip(parts, in_order(lambda part: self._assign_part(rows[part]), parts), strict=True):
+            codes[part] = found
+        return codes
+
+    def _assign_part(self, rows: Vectors) -> Codes:
         codes = np.empty((len(rows), len(self.sizes)), dtype=code_dtype(self.sizes))
         if self.beam > 1:
             encode, step = self._search_chunk, max(1, CHUNK_ROWS // self.beam)
@@ -241,6 +251,14 @@ class ResidualCodebooks:
         """Return the (n, L) squared distances of vectors to their reconstructions by depth, squared vector units."""
         check_codes(codes, self.sizes)
         errors = np.empty(codes.shape, dtype=np.float32)
+        parts = _parts(len(vectors))
+        found = in_order(lambda part: self._errors_of_part(vectors[part], codes[part]), parts)
+        for part, part_errors in zip(parts, found, strict=True):
+            errors[part] = part_errors
+        return errors
+
+    def _errors_of_part(self, vectors: Vectors, codes: Codes) -> NDArray[np.float32]:
+        errors = np.empty(codes.shape, dtype=np.float32)
         for part, residual in _float32_chunks(vectors, CHUNK_ROWS, writable=True):
             for level, codebook in enumerate(self.codebooks):
                 residual -= codebook[codes[part, level]]
@@ -249,12 +267,20 @@ class ResidualCodebooks:
 
     def residuals(self, vectors: Vectors) -> NDArray[np.float32]:
         """Return (n, d) float32: the vectors minus their reconstructions."""
-        residuals = vectors.astype(np.float32)
+        residuals = np.empty(vectors.shape, np.float32)
         codes = self.encode(vectors)
-        for start in range(0, len(codes), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
+
+        def fill(part: slice) -> None:
+            widen(vectors[part], out=residuals[part])
             residuals[part] -= self.decode(codes[part])
+
+        for _ in in_order(fill, _parts(len(vectors))):
+            pass
         return residuals
+
+
+def _parts(rows: int) -> list[slice]:
+    return [slice(start, start + PART_ROWS) for start in range(0, rows, PART_ROWS)]
 
 
 def _float32_chunks(rows: Vectors, step: int, *, writable: bool = False) -> Iterator[tuple[slice, NDArray[np.float32]]]:
