@@ -94,7 +94,7 @@ def unusable_rows(vectors: Vectors) -> NDArray[np.int64]:
 
 def widen(rows: Vectors, *, out: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return `out`, (n, d) float32, filled with the (n, d) rows of any floating type."""
-    if rows.dtype == np.float16:
+    if rows.dtype == np.float16 and min(rows.strides) >= 0:
         # PyTorch uses the processor's own conversion: 0.09 ns a number where NumPy takes 1.8. Imported here, since
         # it takes seconds and most of the package does without.
         import torch

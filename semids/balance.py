@@ -164,9 +164,11 @@ def _anneal(
 
 def standard_deviation(costs: NDArray[np.float32]) -> float:
     """Return the standard deviation of all entries, without a copy of them in a wider type."""
-    mean = float(costs.mean(dtype=np.float64))
-    squares = sum(float(np.square(block - np.float32(mean)).sum(dtype=np.float64)) for block in _blocks(costs))
-    return math.sqrt(squares / costs.size)
+    mean = np.float32(costs.mean(dtype=np.float64))
+    # Squares of costs leave the range of float32 where the costs themselves do not.
+    scale = max(costs.max() - mean, mean - costs.min()) or np.float32(1)
+    squares = sum(float(np.square((block - mean) / scale).sum(dtype=np.float64)) for block in _blocks(costs))
+    return float(scale) * math.sqrt(squares / costs.size)
 
 
 def _climb_by_newton(

@@ -92,7 +92,7 @@ class GroupAssignment:
         codes: (n,) int64 children.
         prices: (K,) float32, in the units of the costs: code = argmin(cost − price) is the rule for later rows.
         moved: rows that exact rounding put elsewhere than that rule does.
-        converged: the prices met their bounds; loads are within theirs either way.
+        converged: the prices met their bounds, where any were fitted; loads are within theirs either way.
     """
 
     codes: NDArray[np.int64]
@@ -166,7 +166,7 @@ def _fit_prices(
     costs: Costs, rows: int, children: int, loads: Loads, start: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.float32], bool]:
     most = min(COST_BYTES // (4 * children), ROWS_PER_CHILD * children)
-    sample = costs(np.arange(0, rows, max(1, rows // most)))
+    sample = costs(np.arange(0, rows, -(-rows // most)))
     # A row's own constant decides nothing, and must not widen the smoothing.
     sample -= sample.mean(axis=1, keepdims=True)
     epsilon = RELATIVE_EPSILON * standard_deviation(sample) or 1.0
@@ -180,7 +180,7 @@ def _assign_exactly(costs: NDArray[np.float32], loads: Loads) -> NDArray[np.int6
     places = np.repeat(costs.astype(np.float64), loads.most, axis=1)
     if loads.least:
         # No exchange of rows can gain as much as a required place that is filled.
-        reward = (float(costs.max()) - float(costs.min())) * len(costs) + 1.0
+        reward = (float(costs.max()) - float(costs.min())) * (len(costs) + 1) or 1.0
         required = np.arange(places.shape[1]) % loads.most < loads.least
         places[:, required] -= reward
     assigned = linear_sum_assignment(places)[1]

@@ -210,6 +210,8 @@ def _encode(parsed: argparse.Namespace) -> None:
         where = results.publish(config, refs, encoded=True)
     _print_figures([refs.report])
     print(f"\nSemantic IDs and report: {where}")
+    if parsed.unique:
+        print(f"Model for the next new items: {where / 'model'} ({model_folder} would give them the same IDs again)")
 
 
 def _adopt(parsed: argparse.Namespace) -> None:

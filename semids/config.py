@@ -31,7 +31,7 @@ from semids.settings import Settings
 QUANTIZERS = quantizer_types()
 EMBEDDERS = embedder_types()
 
-LARGEST_PREFIXES = 1 << 63
+MOST_IDS = 1 << 63
 MOST_LEVELS = len(LETTERS) - 1
 SIX_SHAPES = tuple(format_shape([size] * levels) for levels in (3, 4) for size in (128, 256, 512))
 
@@ -131,8 +131,8 @@ class BuildConfig(CommonConfig):
         mappings = QUANTIZERS[self.quantizer].mappings
         if self.mapping not in mappings:
             raise ValueError(f"{self.quantizer} offers the mappings {', '.join(mappings)}, got {self.mapping!r}")
-        if self.mapping == "capacity" and capacity_of(self.sizes[:-1]) >= LARGEST_PREFIXES:
-            raise ValueError(f"the mapping capacity numbers prefixes with 63 bits: too many levels in {self.shape}")
+        if self.mapping == "capacity" and capacity_of(self.sizes) >= MOST_IDS:
+            raise ValueError(f"the mapping capacity numbers IDs with 63 bits: {self.shape} has too many")
         return self
 
     @property

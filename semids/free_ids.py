@@ -10,16 +10,17 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, capacity_of, check_vectors, code_dtype
 from semids.capacity import Costs, cheapest_children, round_to_loads
 from semids.errors import UsageError
-from semids.prefixes import Group, Take, groups_of, over_groups
+from semids.prefixes import READ_ROWS, Group, Take, groups_of, over_groups
 from semids.residual import ResidualCodebooks, prefix_numbers
 
 
 def find_free_ids(take: Take, quantizer: ResidualCodebooks, given: Codes, *, rows: int) -> Codes:
     """Give every row an ID that neither a given code nor another row has.
 
-    From the first level down, a row takes the child that the frozen rule gives it, unless all IDs below are given or
-    taken by rows that lose more elsewhere: then the best child with an ID left. So a row whose own ID is free and asked
-    for by no other has it. A function of the vectors, the quantizer and the given codes alone.
+    A row whose own ID, by the frozen rule, is free and asked for by no other has it. The others go down from the first
+    level: a row takes the child that the rule gives it, unless all IDs below are taken, or asked for by rows that lose
+    more elsewhere: then the best child with an ID left. A function of the vectors, the quantizer and the given codes
+    alone.
 
     Args:
         take: returns the vectors of the given rows.
@@ -40,9 +41,20 @@ def find_free_ids(take: Take, quantizer: ResidualCodebooks, given: Codes, *, row
     taken = np.unique(given, axis=0)
     check_room(sizes, taken, rows)
     codes = np.zeros((rows, len(sizes)), dtype=code_dtype(sizes))
+    for start in range(0, rows, READ_ROWS):
+        codes[start : start + READ_ROWS] = quantizer.assign(take(np.arange(start, min(start + READ_ROWS, rows))))
+    undecided = np.flatnonzero(~_asked_alone(codes, taken))
+    taken = np.concatenate([taken, np.delete(codes, undecided, axis=0)])
     for level in range(len(sizes)):
-        codes[:, level] = _place_level(take, quantizer, codes[:, :level], taken)
+        before = codes[undecided, :level]
+        codes[undecided, level] = _place_level(lambda some: take(undecided[some]), quantizer, before, taken)
     return codes
+
+
+def _asked_alone(codes: Codes, taken: Codes) -> NDArray[np.bool_]:
+    """Return which of the (n, L) codes are neither taken nor another row's."""
+    _, places, counts = np.unique(np.concatenate([taken, codes]), axis=0, return_inverse=True, return_counts=True)
+    return counts[places[len(taken) :]] == 1
 
 
 def _place_level(take: Take, quantizer: ResidualCodebooks, before: Codes, taken: Codes) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, eye_array
 
 from semids.arrays import Codes, capacity_of, code_dtype, widen
 from semids.capacity import Bounds, Costs, GroupAssignment, assign_group
@@ -20,8 +20,11 @@ BLOCK_BYTES = 256 << 20
 """Costs of small groups that are held at a time; those of a larger group are computed a part at a time, each time."""
 READ_ROWS = 8192
 """Vectors read at a time."""
-SUM_ROWS = 1 << 16
+SUM_ROWS = 1 << 15
 """Vectors summed at a time in float32."""
+RELATIVE_RESIDUAL = 1e-4
+"""What conjugate gradients leave, over what they begin with: 1e-2 leaves 1e-6 of the error of an exact solution."""
+MOST_ITERATIONS = 100
 RIDGE = 1e-3
 """Pull of a codeword to where it was, in rows: it settles codewords that no row has, and sums that codebooks share."""
 
@@ -212,44 +215,71 @@ def refit_jointly(
     """Return the codebooks of all levels that reconstruct the rows best, given their (n, L) codes.
 
     Least squares over all codewords at once (the codebook update of additive quantization, Babenko and Lempitsky
-    2014, section 3.2), with a small pull to where they were. Time is O(nLd), memory that of all codewords' products.
+    2014, section 3.2), with a small pull to where they were. Time is O(nL²d) at most, memory that of the pairs of
+    codewords that occur, and of a few (ΣK, d) arrays.
     """
     gram, sums = _normal_equations(take, codes, codebooks)
-    solved = np.linalg.solve(gram, sums).astype(np.float32)
+    solved = _solve_by_conjugate_gradients(gram, sums, np.concatenate(codebooks).astype(np.float64))
     ends = np.cumsum([len(book) for book in codebooks])
-    return tuple(np.split(solved, ends[:-1]))
+    return tuple(np.split(solved.astype(np.float32), ends[:-1]))
+
+
+def _solve_by_conjugate_gradients(
+    gram: csr_array, sums: NDArray[np.float64], start: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return X of gram · X = sums, column by column (Hestenes and Stiefel 1952, scaled by the diagonal)."""
+    scale = gram.diagonal()[:, None]
+    solved, left = start, sums - gram @ start
+    direction = left / scale
+    slope = np.einsum("kd,kd->d", left, direction)
+    enough = RELATIVE_RESIDUAL**2 * slope
+    for _ in range(MOST_ITERATIONS):
+        if (slope <= enough).all():
+            break
+        product = gram @ direction
+        # A column that is solved stays: its slope and its steps are zero.
+        step = slope / np.maximum(np.einsum("kd,kd->d", direction, product), np.finfo(np.float64).tiny)
+        solved = solved + step * direction
+        left -= step * product
+        scaled = left / scale
+        before, slope = slope, np.einsum("kd,kd->d", left, scaled)
+        direction = scaled + slope / np.maximum(before, np.finfo(np.float64).tiny) * direction
+    return solved
 
 
 def refit_last(take: Take, codes: Codes, codebooks: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
     """Return the codebooks with the last moved to where it reconstructs the rows best; the others stay."""
     gram, sums = _normal_equations(take, codes, codebooks)
-    last = len(gram) - len(codebooks[-1])
+    last = len(sums) - len(codebooks[-1])
     left = sums[last:] - gram[last:, :last] @ np.concatenate(codebooks[:-1])
-    return *codebooks[:-1], (left / np.diagonal(gram)[last:, None]).astype(np.float32)
+    return *codebooks[:-1], (left / gram.diagonal()[last:, None]).astype(np.float32)
 
 
 def _normal_equations(
     take: Take, codes: Codes, codebooks: Sequence[NDArray[np.float32]]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[csr_array, NDArray[np.float64]]:
     """Return the (ΣK, ΣK) products of the codewords' indicators, and their (ΣK, d) products with the vectors."""
-    sizes = [len(codebook) for codebook in codebooks]
-    offsets = np.cumsum([0, *sizes])
-    total = int(offsets[-1])
-    gram = RIDGE * np.eye(total)
-    for a in range(len(sizes)):
-        for b in range(len(sizes)):
-            pairs = codes[:, a].astype(np.int64) * sizes[b] + codes[:, b]
-            counts = np.bincount(pairs, minlength=sizes[a] * sizes[b]).reshape(sizes[a], sizes[b])
-            gram[offsets[a] : offsets[a + 1], offsets[b] : offsets[b + 1]] += counts
-    sums = RIDGE * np.concatenate(codebooks).astype(np.float64)
-    for start in range(0, len(codes), SUM_ROWS):
-        block = np.arange(start, min(start + SUM_ROWS, len(codes)))
+    offsets = np.cumsum([0, *(len(codebook) for codebook in codebooks)])
+    total, levels = int(offsets[-1]), len(codebooks)
+
+    def indicators(block: slice) -> csr_array:
         columns = (codes[block].astype(np.int64) + offsets[:-1]).ravel()
-        ones, ends = np.ones(len(columns), np.float32), np.arange(len(block) + 1) * len(sizes)
-        chosen = csr_array((ones, columns, ends), shape=(len(block), total))
-        vectors = take(block)
+        rows = len(columns) // levels
+        ones, ends = np.ones(len(columns), np.float32), np.arange(rows + 1) * levels
+        return csr_array((ones, columns, ends), shape=(rows, total))
+
+    def products(block: slice) -> tuple[csr_array, NDArray[np.float32]]:
+        chosen = indicators(block)
+        vectors = take(np.arange(block.start, block.stop))
         if vectors.dtype != np.float32:
             vectors = widen(vectors, out=np.empty(vectors.shape, np.float32))
+        return chosen.T @ chosen, chosen.T @ vectors
+
+    gram = RIDGE * csr_array(eye_array(total, dtype=np.float64))
+    sums = RIDGE * np.concatenate(codebooks).astype(np.float64)
+    blocks = [slice(start, min(start + SUM_ROWS, len(codes))) for start in range(0, len(codes), SUM_ROWS)]
+    for counts, of_vectors in in_order(products, blocks):
         # float32 within a block, float64 from block to block: a codeword of a large catalogue sums 100,000 rows.
-        sums += chosen.T @ vectors
+        gram = gram + counts
+        sums += of_vectors
     return gram, sums

@@ -16,7 +16,9 @@ PRODUCT_BYTES = 1 << 30
 """Largest products of codewords with those of other levels that are kept: enough for 8 levels of 3,000 codewords, or 2
 of 16,384. Beyond, encoding subtracts what was chosen before each level, which is slower."""
 CHUNK_ROWS = 2048
-"""Rows scored at a time: their scores (rows × codewords of all levels) stay in the processor's cache."""
+"""Most rows scored at a time."""
+SCORE_BYTES = 16 << 20
+"""Largest scores, rows × codewords, of a chunk: those of usual shapes stay in the processor's cache."""
 PART_ROWS = 8 * CHUNK_ROWS
 """Rows that a thread encodes in one go, with the same arrays for all their chunks."""
 
@@ -67,7 +69,8 @@ class ResidualCodebooks:
             1 is greedy: the code of a level is final. Larger finds lower errors in more time, and takes no prices.
 
     Raises:
-        ShapeError: no level, unequal widths, or potentials or prices that do not match their codebook.
+        ShapeError: no level, unequal widths, potentials or prices that do not match their codebook, or
+            prices with a beam.
     """
 
     codebooks: tuple[NDArray[np.float32], ...]
@@ -81,6 +84,8 @@ class ResidualCodebooks:
     def __post_init__(self) -> None:
         if not self.codebooks or len({codebook.shape[1] for codebook in self.codebooks}) != 1:
             raise ShapeError(f"expected codebooks of one width, got shapes {[c.shape for c in self.codebooks]}")
+        if self.prices and self.beam > 1:
+            raise ShapeError(f"expected no prices where codes are searched along {self.beam} paths")
         sizes = [len(codebook) for codebook in self.codebooks]
         if [potential.shape for potential in self.potentials] != [(size,) for size in sizes]:
             raise ShapeError(
@@ -137,14 +142,14 @@ class ResidualCodebooks:
 
     def _assign_part(self, rows: Vectors) -> Codes:
         codes = np.empty((len(rows), len(self.sizes)), dtype=code_dtype(self.sizes))
-        if self.beam > 1:
-            encode, step = self._search_chunk, max(1, CHUNK_ROWS // self.beam)
-        elif self._products or len(self.sizes) == 1:
-            encode, step = self._encode_chunk, CHUNK_ROWS
-        else:
-            encode, step = self._encode_residuals, CHUNK_ROWS
+        at_once = bool(self._products) or len(self.sizes) == 1
+        greedily = self._encode_chunk if at_once else self._encode_residuals
+        encode = self._search_chunk if self.beam > 1 else greedily
+        # What is scored together: all levels, or one of them, for every path that is kept.
+        codewords = self._scores.shape[1] if at_once else max(self.sizes)
+        step = min(CHUNK_ROWS, max(1, SCORE_BYTES // (4 * codewords * self.beam)), len(rows))
         # Scores go to one place, whose memory is touched once.
-        scores = np.empty((min(step, len(rows)), self._scores.shape[1]), np.float32)
+        scores = np.empty((step, codewords), np.float32)
         for part, chunk in _float32_chunks(rows, step):
             codes[part] = encode(chunk, scores[: len(chunk)])
         return codes
@@ -172,7 +177,7 @@ class ResidualCodebooks:
         residuals = vectors.copy()
         codes = np.empty((len(vectors), len(self.sizes)), dtype=np.int64)
         for level in range(len(self.sizes)):
-            level_scores = scores[:, self._columns(level)]
+            level_scores = scores[:, : self.sizes[level]]
             np.matmul(residuals, self._scores[:, self._columns(level)], out=level_scores)
             level_scores += self._biases[level]
             codes[:, level] = self._choose(level_scores, codes, level)

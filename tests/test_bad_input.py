@@ -51,6 +51,7 @@ OPTIONS: list[tuple[list[str], int, str]] = [
     (["--shape", "4.5x4"], USAGE, "shape: "),
     (["--shape", "4x99999999999999999999"], USAGE, "shape: "),
     (["--shape", "x".join(["2"] * 26)], USAGE, "shape: expected at most 25 levels .*, got 26"),
+    (["--mapping", "capacity", "--shape", "x".join(["256"] * 8)], USAGE, "numbers IDs with 63 bits"),
     (["--mapping", "even"], USAGE, "mapping: Input should be 'nearest', 'uniform' or 'capacity'"),
     (["--quantizer", "rq"], USAGE, "quantizer: expected one of residual_kmeans, got 'rq'"),
     (["--seed", "-1"], USAGE, "seed: Input should be greater than or equal to 0"),

@@ -50,11 +50,8 @@ def test_every_row_gets_an_id_of_its_own_and_its_first_choice_where_it_is_free(d
     assert not given_ids & set(new_ids)
     ruled = [tuple(code) for code in quantizer.assign(vectors).tolist()]
     for row, wanted in enumerate(ruled):
-        # Asked for by no other under its first code, so that no rounding is made because of others.
-        if wanted not in given_ids and [other[0] for other in ruled].count(wanted[0]) == 1:
-            below = capacity // sizes[0] - len({code for code in given_ids if code[0] == wanted[0]})
-            if below >= rows:
-                assert new_ids[row] == wanted
+        if wanted not in given_ids and ruled.count(wanted) == 1:
+            assert new_ids[row] == wanted
 
 
 def test_a_row_whose_id_is_taken_stays_under_its_prefix_while_there_is_room() -> None:

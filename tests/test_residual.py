@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from semids import residual
 from semids.errors import CodesError, ShapeError
 from semids.kmeans import distinct_rows, fit_codebook, sample_rows
-from semids.residual import ResidualCodebooks
+from semids.residual import PriceTable, ResidualCodebooks
 
 
 def make_codebooks(sizes: tuple[int, ...], dimensions: int, *, seed: int = 0, spread: float = 0.0) -> ResidualCodebooks:
@@ -86,12 +86,22 @@ def test_decoding_sums_codewords_and_errors_are_distances_to_it(vectors: np.ndar
         assert np.allclose(books.squared_errors(vectors, codes)[:, depth - 1], distances, atol=1e-5)
 
 
+def test_rows_are_read_in_whatever_order_memory_has_them() -> None:
+    quantizer = make_codebooks((8, 8), 6)
+    rows = np.random.default_rng(1).normal(size=(50, 6)).astype(np.float16)
+    for view in (rows[::-1], rows[:, ::-1], np.asfortranarray(rows), rows[::2]):
+        assert np.array_equal(quantizer.encode(view), quantizer.encode(np.ascontiguousarray(view)))
+
+
 def test_codebooks_of_unequal_width_and_misfit_potentials_are_refused() -> None:
     a, b = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
     with pytest.raises(ShapeError, match="expected codebooks of one width"):
         ResidualCodebooks((a, b), (np.zeros(4, np.float32),) * 2)
     with pytest.raises(ShapeError, match="expected one potential for each of"):
         ResidualCodebooks((a, a), (np.zeros(4, np.float32),))
+    priced = PriceTable(np.array([0]), np.ones((1, 4), np.float32))
+    with pytest.raises(ShapeError, match="expected no prices where codes are searched along 5 paths"):
+        ResidualCodebooks((a,), (np.zeros(4, np.float32),), (priced,), beam=5)
     with pytest.raises(ShapeError, match="the quantizer was trained on another embedder"):
         ResidualCodebooks((a,), (np.zeros(4, np.float32),)).encode(np.ones((2, 5), np.float32))
     with pytest.raises(CodesError, match="expected codes from 0 to 3"):

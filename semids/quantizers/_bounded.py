@@ -193,7 +193,7 @@ def _fit_last_codebook(
     above = above[chosen]
     take = _taker(_take_float32(data, chosen))
     for finished in range(LAST_ROUNDS):
-        # The prefixes are whole: what is below one is held by the bounds as they are.
+        # The training rows of a prefix are all there, so that the bounds of an ID hold for them as they are.
         found = assign_level(take, nearest_quantizer(books), above, bounds, contents=len(above), priced=False)
         books = refit_last(take, np.column_stack([above, found.codes]), books)
         progress(step.title, finished + 1, LAST_ROUNDS, "rounds")

@@ -193,7 +193,7 @@ def _balance(
     """Move a codebook to the centroids of a balanced assignment, and find its potentials."""
     size = len(codebook)
     fitted_on = residuals[sample_rows(len(residuals), COST_BYTES // (4 * size), seed=seed)]
-    coarse = fitted_on[:: max(1, len(fitted_on) // (COARSE_ROWS_PER_CODEWORD * size))]
+    coarse = fitted_on[:: -(-len(fitted_on) // (COARSE_ROWS_PER_CODEWORD * size))]
     potentials = _fit_uniform(coarse, codebook, start=None, tolerance=COARSE_TOLERANCE)
     for step in range(REFIT_STEPS):
         done(step + 1)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -23,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
-from semids.stages import library_versions
 from semids.store import read_sealed_json
+from tests.benchmarks.measure import circumstances
 
 DATA_LIMIT = 3 << 30
 """RLIMIT_DATA of the measured runs: it counts what libraries reserve and never touch, some 1.5 GB, too."""
@@ -142,9 +139,7 @@ def main() -> None:
         "encoding_exponent": exponent(*(size["nearest"]["stage_seconds"]["codes"] for size in (small, large)), rows),
         "mapping_exponent": exponent(*mapping, rows),
         "data_limit": DATA_LIMIT,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total >> 30} GiB",
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "versions": library_versions(),
+        **circumstances(),
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print("| | rows | shape | anonymous memory | stages |\n|---|--:|---|--:|---|")
