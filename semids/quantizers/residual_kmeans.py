@@ -31,6 +31,10 @@ from semids.residual import PriceTable, ResidualCodebooks
 REFIT_STEPS = 6
 """Lloyd steps under the uniform assignment: on real product vectors none costs 13 % of error, 4 leave 1.2 %
 above the nearest mapping, 12 leave 0.7 %."""
+COARSE_STEPS = 4
+"""How many of these see a part of the rows alone."""
+COARSE = 4
+"""All rows over those of that part."""
 RELATIVE_EPSILON = 0.01
 """Smoothing of the uniform mapping over the standard deviation of its costs."""
 MAX_ITERATIONS = 60
@@ -197,9 +201,10 @@ def _balance(
     potentials = _fit_uniform(coarse, codebook, start=None, tolerance=COARSE_TOLERANCE)
     for step in range(REFIT_STEPS):
         done(step + 1)
-        codes = FrozenResidualKMeans((codebook,), (potentials.values,)).assign(residuals)
+        moved_to = residuals if step >= COARSE_STEPS else residuals[::COARSE]
+        codes = FrozenResidualKMeans((codebook,), (potentials.values,)).assign(moved_to)
         # Rows are asked for in runs: a slice of them needs no copy.
-        (codebook,) = refit_jointly(lambda rows: residuals[rows[0] : rows[-1] + 1], codes, (codebook,))
+        (codebook,) = refit_jointly(lambda rows, of=moved_to: of[rows[0] : rows[-1] + 1], codes, (codebook,))
         last = step == REFIT_STEPS - 1
         potentials = _fit_uniform(
             fitted_on if last else coarse,
