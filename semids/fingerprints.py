@@ -21,6 +21,7 @@ INFRASTRUCTURE = frozenset(
         "errors",
         "families",
         "fingerprints",
+        "memory",
         "parallel",
         "progress",
         "settings",

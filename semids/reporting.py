@@ -23,7 +23,7 @@ from semids.plots import plot_report
 from semids.progress import Progress
 from semids.report import Report, SplitFigures
 from semids.semantic_ids import read_code_columns
-from semids.stages import MANIFEST, Ref, Stage, StageOutput, StageReader, library_versions, peak_rss_bytes, reference
+from semids.stages import MANIFEST, Ref, Stage, StageOutput, StageReader, library_versions, reference
 
 MEASURED_ROWS = 1 << 14
 NEIGHBOUR_SAMPLE = 20_000
@@ -75,7 +75,7 @@ def _write_report(
         ),
         catalogue=_catalogue(readers[0].summary),
         timings={reader.manifest["title"]: reader.manifest["run"]["seconds"] for reader in readers},
-        peak_rss_bytes=max(peak_rss_bytes(), *(reader.manifest["run"]["peak_rss_bytes"] for reader in readers)),
+        peak_rss_bytes=max(reader.manifest["run"]["peak_rss_bytes"] for reader in readers),
         versions=library_versions(),
         fingerprint=codes.fingerprint,
     )

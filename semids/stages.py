@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from semids.errors import CorruptionError
+from semids.memory import PeakMemory
 from semids.progress import Progress, silent
 from semids.shards import COMPUTED, ShardedArray, ShardLayout, check_origin, shard_name, write_shards
 from semids.store import (
@@ -218,7 +217,8 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     _remove_temporaries(target)
     started = time.monotonic()
     output = StageOutput(target, stage.fingerprint, progress, stage.origin)
-    summary = stage.build(output)
+    with PeakMemory() as peak:
+        summary = stage.build(output)
     _remove_temporaries(target)
     seconds = time.monotonic() - started
     outputs = {
@@ -235,7 +235,7 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
         "digest": digest_json(outputs),
         "run": {
             "seconds": round(seconds, 3),
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": peak.bytes,
             "versions": library_versions(),
             **output.remembered,
         },
@@ -243,12 +243,6 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     commit_sealed_json(target / MANIFEST, manifest)
     log.info("%s: made %s in %.1f s", stage.title, target.name, seconds)
     return manifest
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident memory this process has had, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def library_versions() -> dict[str, str]:

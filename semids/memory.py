@@ -1,0 +1,108 @@
+"""Memory: how much a piece of work takes at most, and how much there is."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+from pathlib import Path
+from typing import Self
+
+INTERVAL_S = 0.02
+"""Between two looks at the process: arrays that count live longer, and a look takes 50 µs."""
+STATUS = Path("/proc/self/status")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class PeakMemory:
+    """The most memory that this process holds while the context lasts, in bytes.
+
+    Anonymous memory alone is counted, several times a second: pages of mapped files are given back when others need
+    the room. Whatever else the process does meanwhile counts too. Where the system does not tell (macOS), the figure
+    is the largest resident memory since the process began.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._look()
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._watcher.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(INTERVAL_S):
+            self._look()
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes, held_bytes())
+
+
+def held_bytes() -> int:
+    """Return the anonymous memory that this process holds, in bytes; see `PeakMemory`."""
+    held = _field(STATUS, "RssAnon:")
+    if held is not None:
+        return held * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_bytes() -> int | None:
+    """Return the memory that this process may still take, in bytes; None where the system does not tell.
+
+    It is what the machine has left, or what the control groups (version 1 or 2) that the process is in leave of their
+    limits, whichever is least. Pages of files count as left: they are given back.
+    """
+    available = _field(Path("/proc/meminfo"), "MemAvailable:")
+    limits = [] if available is None else [available * 1024]
+    for folder in _cgroups():
+        most, used = (_number(folder, names) for names in (("memory.max", "memory.limit_in_bytes"), USAGE))
+        if most is not None and used is not None:
+            pages = _field(folder / "memory.stat", "file") or _field(folder / "memory.stat", "total_cache") or 0
+            limits.append(max(0, most - used + pages))
+    return min(limits, default=None)
+
+
+USAGE = ("memory.current", "memory.usage_in_bytes")
+
+
+def _cgroups() -> list[Path]:
+    """Return the folders of the control groups that limit this process, its own first."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        own = root / path.lstrip("/")
+        folders += [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+    return folders
+
+
+def _number(folder: Path, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        try:
+            return int((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # No such file, or "max".
+            continue
+    return None
+
+
+def _field(path: Path, name: str) -> int | None:
+    """Return the number after a name at the start of a line of a file, None where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), None)

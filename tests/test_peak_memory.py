@@ -1,0 +1,42 @@
+"""The memory that a piece of work takes is its own, and pages of files are not part of it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from semids.memory import PeakMemory, available_bytes, held_bytes
+
+MIB = 1 << 20
+
+
+def test_the_peak_of_a_stage_is_its_own(tmp_path: Path) -> None:
+    with PeakMemory() as large:
+        block = np.ones(64 * MIB // 8)
+        time.sleep(0.1)
+        del block
+    with PeakMemory() as small:
+        time.sleep(0.05)
+    assert large.bytes - small.bytes > 50 * MIB
+    assert small.bytes == pytest.approx(held_bytes(), abs=16 * MIB)
+    assert not [thread for thread in threading.enumerate() if thread.name == "memory"]
+
+
+def test_pages_of_mapped_files_are_not_counted(tmp_path: Path) -> None:
+    np.save(tmp_path / "mapped.npy", np.ones(64 * MIB // 8))
+    before = held_bytes()
+    mapped = np.load(tmp_path / "mapped.npy", mmap_mode="r")
+    with PeakMemory() as peak:
+        assert mapped.sum() == len(mapped)
+    assert peak.bytes - before < 16 * MIB
+
+
+def test_what_is_available_is_less_than_all_there_is() -> None:
+    available = available_bytes()
+    assert available is not None
+    assert 0 < available < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
