@@ -98,6 +98,17 @@ class Checkpoint:
         config = self.config.get("text_config") or self.config
         return config.get("hidden_size")
 
+    @property
+    def intermediate_size(self) -> int | None:
+        """Width of the states within a layer, as config.json names it; None where it names none."""
+        config = self.config.get("text_config") or self.config
+        return config.get("intermediate_size")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the files of weights."""
+        return sum((self.folder / name).stat().st_size for name in self.weights)
+
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         return read_json(path) if path.is_file() else {}

@@ -65,6 +65,11 @@ class Embedder(ABC):
         """The width that the model's files declare, without loading it; None where they do not."""
         return None
 
+    @property
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """The most memory that embedding takes, its libraries included and its vectors not, without loading it."""
+
     @abstractmethod
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> NDArray[np.float32]:
         """Return (len(texts), d) float32 rows of unit norm, in the order of the texts. Only after `load`."""

@@ -22,6 +22,8 @@ DEFAULT_MAX_TOKENS = 512
 """Where the checkpoint names no limit: most item texts are shorter, and attention costs its square."""
 BATCH_ROWS = 1024
 """Texts a batch at most, so that a large token budget does not put a whole shard of very short texts in one."""
+LIBRARY_BYTES = 270_000_000
+"""Memory of the transformers library and what it loads."""
 STEP = "embed texts"
 # What 1_Pooling/config.json calls ours.
 DECLARED_POOLINGS: dict[str, Pooling] = {"mean": "mean", "lasttoken": "last"}
@@ -145,6 +147,16 @@ class TransformerEmbedder(Embedder):
     def declared_dimensions(self) -> int | None:
         """The width asked for, else the hidden size that config.json names."""
         return self.settings.dimensions or self._checkpoint.hidden_size
+
+    @property
+    def memory_bytes(self) -> int:
+        """The libraries, the weights as they are computed with, and the states of a batch."""
+        checkpoint = self._checkpoint
+        width = 2 if self._dtype == "bfloat16" else 4
+        weights = checkpoint.weight_bytes * width // (2 if checkpoint.stored_dtype in ("bfloat16", "float16") else 4)
+        hidden = checkpoint.hidden_size or 0
+        states = 6 * hidden + 2 * (checkpoint.intermediate_size or 4 * hidden)
+        return LIBRARY_BYTES + weights + width * states * self.settings.batch_tokens
 
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> NDArray[np.float32]:
         """Return (len(texts), d) float32 rows of unit norm, in the order of the texts. Only after `load`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from semids.prefixes import (
     refit_last,
 )
 from semids.progress import Progress
+from semids.quantizers._work import bounded_work, placed_work, settled_work
 from semids.quantizers.base import StepOutcome, Tensors, TrainingData, TrainingStep
 from semids.residual import PriceTable, prefix_numbers
 
@@ -53,6 +55,7 @@ def bounded_steps(sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks:
             title="Fit the codebooks within bounds",
             parameters={**common, "sizes": list(sizes), "seed": seed},
             run=_fit_codebooks,
+            work=partial(bounded_work, sizes, bounds, rounds=ROUNDS, coarse=COARSE_ROUNDS, part=COARSE),
             needs=tuple(codebooks),
         )
     ]
@@ -65,6 +68,7 @@ def bounded_steps(sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks:
                     title="Fit the last codebook to whole prefixes",
                     parameters={**common, "seed": seed},
                     run=_fit_last_codebook,
+                    work=partial(settled_work, sizes, bounds, rounds=LAST_ROUNDS),
                     needs=("bounded", *placed),
                 )
             )
@@ -74,6 +78,7 @@ def bounded_steps(sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks:
                 title=f"Place every content on level {level}",
                 parameters={**common, "seed": seed},
                 run=_place_level,
+                work=partial(placed_work, level - 1, sizes, bounds),
                 needs=(*(("bounded", "settled") if level == len(sizes) > 1 else ("bounded",)), *placed),
             )
         )

@@ -17,6 +17,7 @@ from semids.prefixes import Take
 from semids.progress import Progress
 from semids.settings import Settings
 from semids.shards import ShardedArray
+from semids.work import Counts, Work
 
 MappingName = Literal["nearest", "uniform", "capacity"]
 MAPPINGS: tuple[MappingName, ...] = get_args(MappingName)
@@ -38,6 +39,7 @@ class TrainingStep:
         parameters: everything besides the vectors and the needed steps that decides the outcome, as JSON.
         run: carries the step out, as `run(quantizer, step, data, needed, progress)`; see `Quantizer.run_step`. Its
             code is part of the step's fingerprint, so it should reach no other step's code.
+        work: what it asks of a machine: time, memory, and disk for its tensors.
         needs: names of earlier steps whose tensors this one starts from.
     """
 
@@ -45,6 +47,7 @@ class TrainingStep:
     title: str
     parameters: Mapping[str, Any]
     run: Callable[[Any, TrainingStep, TrainingData, Mapping[str, Tensors], Progress], StepOutcome]
+    work: Callable[[Counts], Work]
     needs: tuple[str, ...] = ()
 
 
@@ -143,6 +146,10 @@ class Quantizer(ABC):
     def given_codes(self, outcomes: Mapping[str, Tensors]) -> Codes | None:
         """Return the (D, L) codes that training gave to the contents, where they are more than what encoding gives."""
         return None
+
+    @abstractmethod
+    def encoding_work(self, counts: Counts) -> Work:
+        """Return what giving every content its codes and squared errors asks of a machine; its disk is the model's."""
 
     @staticmethod
     @abstractmethod
