@@ -16,8 +16,10 @@ from semids import results, runs
 from semids.adopt import adopt_vectors
 from semids.arrays import parse_shape
 from semids.config import BuildConfig, make_config, read_values
+from semids.counts import count_catalogue, suppose_rows, suppose_vectors
 from semids.errors import CorruptionError, SemidsError, StorageError, UsageError
 from semids.page import render_text
+from semids.plan import checking_runner, find_finished, leave_plan, plan_run
 from semids.progress import TerminalProgress
 from semids.report import comparison_rows, format_table
 from semids.reporting import read_report, report_codes
@@ -26,6 +28,7 @@ from semids.stages import Ref
 from semids.store import commit, run_lock
 from semids.text import printable
 from semids.verification import verify_run
+from semids.work import Machine
 
 OPTIONS: dict[str, tuple[str, str]] = {
     # option: (place in the configuration, help)
@@ -96,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(tokenize)
     _add_options(tokenize, OPTIONS | SHAPE_OPTIONS)
     tokenize.add_argument("--suffix", action="store_true", default=None, help="add a last token that makes IDs unique")
+
+    plan = command("plan", _plan, "what tokenize will take: time, memory and disk of every stage, and whether it fits")
+    plan.add_argument("input", nargs="?", help="catalogue or vectors")
+    plan.add_argument("--rows", type=int, metavar="N", help="suppose so many items")
+    plan.add_argument("--dimensions", type=int, metavar="D", help="with --rows: suppose vectors of so many dimensions")
+    _add_config(plan)
+    _add_options(plan, OPTIONS | SHAPE_OPTIONS)
+    plan.add_argument("--suffix", action="store_true", default=None, help="as in tokenize")
 
     encode = command("encode", _encode, "give new items their IDs from a frozen model")
     encode.add_argument("model_folder", help="model folder, as runs/results/ITEMS/256x256x256-nearest-…/model")
@@ -188,10 +199,34 @@ def _tokenize(parsed: argparse.Namespace) -> None:
     config = _configured(parsed)
     folder = Path(config.out)
     with run_lock(folder):
-        refs = runs.build(config, runs.local_runner(folder, TerminalProgress()))
+        run = checking_runner(config, runs.local_runner(folder, TerminalProgress()))
+        refs = runs.build(config, run)
         where = results.publish(config, refs)
     _print_figures([refs.report])
     print(f"\nSemantic IDs, report and model: {where}")
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    rows, dimensions = parsed.rows, parsed.dimensions
+    if min(rows or 1, dimensions or 1) < 1 or (dimensions and not rows):
+        raise UsageError(f"expected --rows, and --dimensions with it, of at least 1, got {rows} and {dimensions}")
+    if dimensions and parsed.input is None and parsed.config is None:
+        parsed.input = f"{rows}x{dimensions}.npy"
+    config = _configured(parsed)
+    folder = Path(config.out)
+    with run_lock(folder):
+        if dimensions:
+            counts = suppose_vectors(rows, dimensions)
+        else:
+            counts = count_catalogue(config, runs.local_runner(folder, TerminalProgress()))
+            counts = suppose_rows(counts, rows) if rows else counts
+        done = {} if rows else find_finished(config)
+        plan = plan_run(config, counts, Machine(folder), done)
+        if not rows and plan.to_do:
+            leave_plan(config, plan)
+    print(plan.describe())
+    plan.check()
+    print(f"\n{plan.verdict()}")
 
 
 def _encode(parsed: argparse.Namespace) -> None:

@@ -62,6 +62,7 @@ def render_markdown(report: Report, image: Callable[[str], str]) -> str:
         "## Run",
         _catalogue_table(report.catalogue),
         _timing_table(report),
+        _plan_table(report),
         _versions(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -297,6 +298,25 @@ def _timing_table(report: Report) -> str:
     rows = [[escape_markdown(name), format_seconds(seconds)] for name, seconds in report.timings.items()]
     rows.append(["all stages", format_seconds(sum(report.timings.values()))])
     return f"{markdown_table(['stage', 'time'], rows)}\n\nPeak memory: {format_bytes(report.peak_rss_bytes)}."
+
+
+PLAN_HEADINGS = ("predicted time", "took", "predicted memory", "peak", "predicted disk", "wrote")
+
+
+def _plan_table(report: Report) -> str:
+    rows = [
+        [
+            escape_markdown(str(stage["stage"])),
+            "done" if stage["predicted_seconds"] is None else format_seconds(stage["predicted_seconds"]),
+            format_seconds(stage["seconds"]),
+            format_bytes(stage["predicted_memory_bytes"]),
+            format_bytes(stage["peak_bytes"]),
+            format_bytes(stage["predicted_disk_bytes"]),
+            format_bytes(stage["written_bytes"]),
+        ]
+        for stage in report.planned
+    ]
+    return f"What `semids plan` predicted:\n\n{markdown_table(['stage', *PLAN_HEADINGS], rows)}" if rows else ""
 
 
 def _versions(report: Report) -> str:

@@ -74,9 +74,14 @@ def check_sizes(config: BuildConfig, items: Ref) -> None:
     Raises:
         UsageError: a codebook size exceeds the number of training items, or as `BuildConfig.bounds` does.
     """
-    if config.mapping == "capacity":
-        config.bounds(count_contents(items))
     training = StageReader(items.path).summary["splits"][config.catalogue.train_split]["items"]
+    check_counts(config, count_contents(items), training)
+
+
+def check_counts(config: BuildConfig, contents: int, training: int) -> None:
+    """As `check_sizes`, given how many distinct contents and how many training items there are."""
+    if config.mapping == "capacity":
+        config.bounds(contents)
     if max(config.sizes) > training:
         raise UsageError(
             f"shape {config.shape}: expected at least as many training items as the largest codebook has codewords, "

@@ -64,6 +64,8 @@ class Report:
             `distinct_products`, and `splits`: the same by split.
         timings: seconds by stage.
         peak_rss_bytes: largest resident memory of any stage.
+        planned: by stage, free-form JSON, what a plan predicted and what was: `stage`, `predicted_seconds`, `seconds`,
+            `predicted_memory_bytes`, `peak_bytes`, `predicted_disk_bytes`, `written_bytes`; empty without a plan.
         versions: of Python and the libraries.
         fingerprint: of the step that made the codes.
     """
@@ -79,6 +81,7 @@ class Report:
     catalogue: Mapping[str, Any] = field(default_factory=dict[str, Any])
     timings: Mapping[str, float] = field(default_factory=dict[str, float])
     peak_rss_bytes: int | None = None
+    planned: tuple[Mapping[str, Any], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     fingerprint: str | None = None
 
@@ -102,6 +105,7 @@ class Report:
                 "splits": {name: _flat(split) for name, split in self.splits.items()},
                 "timings": self.timings,
                 "peak_rss_bytes": self.peak_rss_bytes,
+                "planned": list(self.planned),
                 "versions": self.versions,
                 "fingerprint": self.fingerprint,
             }

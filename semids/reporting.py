@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,16 @@ from semids.progress import Progress
 from semids.report import Report, SplitFigures
 from semids.semantic_ids import read_code_columns
 from semids.stages import MANIFEST, Ref, Stage, StageOutput, StageReader, library_versions, reference
+from semids.store import read_sealed_json
 
 MEASURED_ROWS = 1 << 14
 NEIGHBOUR_SAMPLE = 20_000
 NEIGHBOUR_QUERIES = 1_000
+
+
+def plan_file(config: BuildConfig) -> Path:
+    """Return where a run folder keeps what was predicted of a configuration; `semids.plan` writes it."""
+    return Path(config.out) / "plans" / f"{config.label}.json"
 
 
 def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Stage:
@@ -76,6 +82,7 @@ def _write_report(
         catalogue=_catalogue(readers[0].summary),
         timings={reader.manifest["title"]: reader.manifest["run"]["seconds"] for reader in readers},
         peak_rss_bytes=max(reader.manifest["run"]["peak_rss_bytes"] for reader in readers),
+        planned=tuple(_compare_with_plan(config, readers)),
         versions=library_versions(),
         fingerprint=codes.fingerprint,
     )
@@ -96,6 +103,29 @@ def _catalogue(summary: Mapping[str, Any]) -> dict[str, Any]:
 
     splits = {name: counts(split) for name, split in summary["splits"].items()}
     return {**counts(summary), "quarantined": sum(summary["quarantined"].values()), "splits": splits}
+
+
+def _compare_with_plan(config: BuildConfig, readers: Sequence[StageReader]) -> Iterator[dict[str, Any]]:
+    """Yield what was predicted of each stage, and what it took; nothing without a plan of this configuration."""
+    path = plan_file(config)
+    if not path.exists():
+        return
+    plan = read_sealed_json(path)
+    if plan["config"] != config.model_dump(mode="json"):
+        return
+    runs = {reader.manifest["title"]: reader.manifest for reader in readers}
+    for stage in plan["stages"]:
+        manifest = runs.get(stage["title"])
+        if manifest is not None:
+            yield {
+                "stage": stage["title"],
+                "predicted_seconds": stage["seconds"],
+                "seconds": manifest["run"]["seconds"],
+                "predicted_memory_bytes": stage["memory"],
+                "peak_bytes": manifest["run"]["peak_rss_bytes"],
+                "predicted_disk_bytes": stage["disk"],
+                "written_bytes": sum(record["bytes"] for record in manifest["files"].values()),
+            }
 
 
 def _training_steps(model: Ref) -> list[Ref]:

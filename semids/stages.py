@@ -202,6 +202,18 @@ def find_stage(folder: Path, stage: Stage) -> Ref | None:
     return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])
 
 
+def peek_stage(folder: Path, stage: Stage) -> Ref | None:
+    """Return the reference to a stage's outputs under `folder` if its manifest says that they were made.
+
+    The files themselves are not read: see `find_stage`.
+    """
+    target = _folder_of(folder, stage)
+    manifest = read_manifest(target)
+    if manifest is None or manifest["fingerprint"] != stage.fingerprint:
+        return None
+    return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])
+
+
 def _folder_of(folder: Path, stage: Stage) -> Path:
     return folder.resolve() / "stages" / f"{stage.name}-{stage.fingerprint[:16]}"
 

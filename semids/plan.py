@@ -1,0 +1,228 @@
+"""What a run will take, stage by stage, and whether there is room for it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from semids import runs, stage_work
+from semids.config import BuildConfig
+from semids.counts import read_counts
+from semids.errors import UsageError
+from semids.memory import available_bytes
+from semids.pipeline import Runner, check_counts
+from semids.reporting import plan_file
+from semids.stages import Ref, Stage, peek_stage
+from semids.store import commit_sealed_json
+from semids.text import UNKNOWN, format_bytes, format_seconds, plain_table
+from semids.work import Counts, Machine, Work
+
+READ, IMPORT, EMBED = "Read the catalogue", "Import the vectors", "Embed the texts"
+PROCESS_BYTES, LIBRARY_BYTES = 145_000_000, 145_000_000
+"""Memory of a process that has done nothing: its own, and that of the libraries that numbers need (PyTorch, FAISS),
+which are loaded where vectors are first used."""
+EMBEDDED_BYTES = 365_000_000
+"""Memory that a process which has embedded texts does not give back."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage will take.
+
+    Args:
+        title: of the stage, as manifests and reports have it.
+        seconds: None where nothing was measured.
+        memory: most bytes that the process holds meanwhile.
+        gpu_memory: most bytes on an accelerator.
+        disk: bytes that it leaves.
+        done: an earlier run left it; it takes nothing.
+    """
+
+    title: str
+    seconds: float | None
+    memory: int
+    gpu_memory: int
+    disk: int
+    done: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take, and what there is.
+
+    Args:
+        available: bytes of memory that may still be taken; None where the system does not tell.
+        free: bytes free on the disk of the run folder.
+        folder: the run folder.
+    """
+
+    counts: Counts
+    stages: tuple[StagePlan, ...]
+    available: int | None
+    free: int
+    folder: str
+
+    @property
+    def to_do(self) -> list[StagePlan]:
+        """The stages that are not done."""
+        return [stage for stage in self.stages if not stage.done]
+
+    @property
+    def total(self) -> StagePlan:
+        """All stages that are to be done, as one."""
+        times = [stage.seconds for stage in self.to_do]
+        return StagePlan(
+            title="all stages to be done",
+            seconds=None if None in times else sum(time or 0 for time in times),
+            memory=max((stage.memory for stage in self.to_do), default=0),
+            gpu_memory=max((stage.gpu_memory for stage in self.to_do), default=0),
+            disk=sum(stage.disk for stage in self.to_do),
+            done=not self.to_do,
+        )
+
+    def check(self) -> None:
+        """Refuse a run that has no room.
+
+        Raises:
+            UsageError: a stage needs more memory than is available, or all of them more disk than is free.
+        """
+        needs = max(self.to_do, key=lambda stage: stage.memory, default=self.total)
+        if self.available is not None and needs.memory > self.available:
+            raise UsageError(
+                f"expected a run that fits the memory, but '{needs.title}' needs {format_bytes(needs.memory)} of "
+                f"{format_bytes(self.available)} available; take a smaller shape or fewer dimensions, or a larger "
+                "machine"
+            )
+        if self.total.disk > self.free:
+            raise UsageError(
+                f"expected a run that fits the disk, but it writes {format_bytes(self.total.disk)} and "
+                f"{format_bytes(self.free)} are free in {self.folder}; free some, or choose another --out"
+            )
+
+    def describe(self) -> str:
+        """Return the stages as a table, what they were predicted from, and whether they fit, for a terminal."""
+        rows = [_row(stage) for stage in (*self.stages, self.total)]
+        counts = self.counts
+        known = "" if counts.exact else ", each taken to be distinct"
+        return (
+            f"{counts.items:,} items, {counts.contents:,} contents{known}, {counts.dimensions:,} dimensions\n\n"
+            f"{plain_table(['stage', 'time', 'memory', 'GPU memory', 'disk'], rows, left=[0])}"
+        )
+
+    def verdict(self) -> str:
+        """Return in a sentence what a run that fits needs."""
+        total = self.total
+        if total.done:
+            return "nothing to do: every stage is there"
+        of = "" if self.available is None else f" of {format_bytes(self.available)} available"
+        return (
+            f"fits: needs {format_bytes(total.memory)}{of}, {format_seconds(total.seconds)}, "
+            f"{format_bytes(total.disk)} disk of {format_bytes(self.free)} free"
+        )
+
+
+def _row(stage: StagePlan) -> list[str]:
+    if stage.done:
+        return [stage.title, "done", "", "", ""]
+    return [
+        stage.title,
+        format_seconds(stage.seconds),
+        format_bytes(stage.memory),
+        format_bytes(stage.gpu_memory) if stage.gpu_memory else UNKNOWN,
+        format_bytes(stage.disk),
+    ]
+
+
+def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done: Mapping[str, Ref]) -> Plan:
+    """Predict what each stage of a run takes.
+
+    Args:
+        machine: measures what time depends on, in some seconds; None leaves times out, and takes none.
+        done: the stages that an earlier run left, by title; see `find_finished`.
+
+    Raises:
+        UsageError: a codebook is larger than the training split, or the contents cannot keep the bounds.
+    """
+    check_counts(config, counts.contents, counts.training_items)
+    folder = Path(config.out).resolve()
+    stages: list[StagePlan] = []
+    for title, base, work in _works(config, counts, done):
+        finished = title in done
+        seconds = machine.seconds(work) if machine is not None and not finished else None
+        stages.append(StagePlan(title, seconds, base + work.memory, work.gpu_memory, work.disk, finished))
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return Plan(counts, tuple(stages), available_bytes(), shutil.disk_usage(existing).free, str(folder))
+
+
+def _works(config: BuildConfig, counts: Counts, done: Mapping[str, Ref]) -> list[tuple[str, int, Work]]:
+    """Return the title of every stage, the memory of the process before it, and its work."""
+    first, base = PROCESS_BYTES, PROCESS_BYTES + LIBRARY_BYTES
+    quantizer = config.make_quantizer(counts.contents)
+    encoding = quantizer.encoding_work(counts)
+    if counts.texts is None:
+        vectors = (IMPORT, PROCESS_BYTES, stage_work.import_work(counts))
+    else:
+        vectors = (EMBED, base, stage_work.embed_work(config, counts.texts, counts))
+        base += 0 if EMBED in done else EMBEDDED_BYTES
+        first = base
+    return [
+        (READ, PROCESS_BYTES, stage_work.scan_work(counts)),
+        vectors,
+        *((step.title, base if step.needs else first, step.work(counts)) for step in quantizer.training_steps()),
+        ("Freeze the model", base, stage_work.freeze_work(config, counts, encoding.disk)),
+        ("Encode the vectors", base, stage_work.encode_work(config, counts, encoding)),
+        ("Write the semantic IDs", base, stage_work.assign_work(config, counts)),
+        ("Write the report", base, stage_work.report_work(config, counts)),
+    ]
+
+
+def find_finished(config: BuildConfig) -> dict[str, Ref]:
+    """Return the stages that an earlier run left, by title, as far as their manifests tell."""
+    folder = Path(config.out)
+    found: dict[str, Ref] = {}
+    # To name a stage, the catalogue is digested: not where nothing can be found.
+    if not (folder / "stages").is_dir():
+        return found
+
+    def peek(stage: Stage) -> Ref:
+        ref = peek_stage(folder, stage)
+        if ref is None:
+            raise runs.NotMadeError(stage.title)
+        found[stage.title] = ref
+        return ref
+
+    with contextlib.suppress(runs.NotMadeError):
+        runs.build(config, peek)
+    return found
+
+
+def checking_runner(config: BuildConfig, run: Runner) -> Runner:
+    """Return a runner that refuses a run without room before its first stage after the catalogue's is made.
+
+    Raises, when it is called:
+        UsageError: as `Plan.check` does.
+    """
+    folder = Path(config.out)
+    seen: dict[str, Ref] = {}
+    checked: list[str] = []
+
+    def run_checked(stage: Stage) -> Ref:
+        # From the first stage that is not there on, all are to be done.
+        if READ in seen and not checked and peek_stage(folder, stage) is None:
+            plan_run(config, read_counts(config, seen[READ]), None, seen).check()
+            checked.append(stage.title)
+        seen[stage.title] = run(stage)
+        return seen[stage.title]
+
+    return run_checked
+
+
+def leave_plan(config: BuildConfig, plan: Plan) -> Path:
+    """Keep a plan in the run folder, where the report of the run finds it; return its file."""
+    path = plan_file(config)
+    figures = asdict(plan) | {"counts": {**asdict(plan.counts), "texts": str(plan.counts.texts or "")}}
+    commit_sealed_json(path, {"config": config.model_dump(mode="json"), **figures})
+    return path

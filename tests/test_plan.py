@@ -1,0 +1,162 @@
+"""Predictions before a run: what they say of its files, what they refuse, and where they are shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import clustered_vectors
+
+from semids import runs
+from semids.cli import main
+from semids.config import BuildConfig
+from semids.counts import count_catalogue, suppose_vectors
+from semids.errors import UsageError
+from semids.memory import available_bytes
+from semids.plan import Plan, find_finished, plan_run
+from semids.progress import silent
+from semids.stages import StageReader, reference
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def vectors_file(tmp_path: Path) -> Path:
+    rows = clustered_vectors(3000, 24).astype(np.float16)
+    rows[1] = rows[0]
+    np.save(tmp_path / "vectors.npy", rows)
+    return tmp_path / "vectors.npy"
+
+
+def configured(path: Path, shape: str = "8x6x4", **values: object) -> BuildConfig:
+    options = {"residual_kmeans": {"iterations": 3, "restarts": 1}}
+    given = {"catalogue": {"path": str(path)}, "shape": shape, "options": options, "out": str(path.parent / "run")}
+    return BuildConfig.model_validate(given | values)
+
+
+def plan_rows(rows: int, dimensions: int = 1024, shape: str = "256x256x256", **values: object) -> Plan:
+    config = configured(Path("no-such-folder/vectors.npy"), shape, **values)
+    return plan_run(config, suppose_vectors(rows, dimensions), None, {})
+
+
+@pytest.mark.parametrize("mapping", ["nearest", "uniform", "capacity"])
+def test_predicted_disk_is_what_a_run_writes(vectors_file: Path, mapping: str) -> None:
+    config = configured(vectors_file, mapping=mapping)
+    run = runs.local_runner(Path(config.out), silent)
+    runs.build(config, run)
+    counts = count_catalogue(config, run)
+    assert counts.exact
+    assert counts.contents == 2999
+    predicted = {stage.title: stage for stage in plan_run(config, counts, None, {}).stages}
+    found = {title: StageReader(ref.path).manifest for title, ref in find_finished(config).items()}
+    assert predicted.keys() == found.keys()
+    # Small Parquet files are mostly footers, and plots follow the data: the vectors and codes must be exact.
+    for title in ("Import the vectors", "Encode the vectors"):
+        assert predicted[title].disk == sum(record["bytes"] for record in found[title]["files"].values())
+    for title in ("Write the semantic IDs", "Freeze the model", "Fit codebook 1 (8 codewords)"):
+        written = sum(record["bytes"] for record in found[title]["files"].values())
+        assert predicted[title].disk == pytest.approx(written, rel=0.15)  # observed: within 8 %, headers
+
+
+def test_predictions_scale_with_rows() -> None:
+    small, large = plan_rows(1_000_000), plan_rows(10_000_000)
+    for before, after in zip(small.stages, large.stages, strict=True):
+        assert after.disk >= before.disk
+        assert after.memory >= before.memory
+    assert large.stages[1].disk == pytest.approx(10 * small.stages[1].disk, rel=1e-6)
+    # Codebooks are fitted to a sample: more rows leave its size as it is.
+    assert large.stages[2] == small.stages[2]
+
+
+def test_a_codebook_of_more_codewords_takes_more() -> None:
+    small, large = plan_rows(10_000_000), plan_rows(10_000_000, shape="512x512x512")
+    assert large.stages[2].memory > small.stages[2].memory
+    assert large.total.disk > small.total.disk
+
+
+def test_a_run_without_memory_is_refused_with_the_figure() -> None:
+    available = available_bytes()
+    assert available is not None
+    dimensions = available // 60_000
+    plan = plan_rows(100_000, dimensions, "8x6x4")
+    assert plan.total.memory > available
+    with pytest.raises(UsageError, match=r"'Write the report' needs \d+\.\d\d GiB of \d+\.\d\d GiB available"):
+        plan.check()
+
+
+def test_a_run_without_disk_is_refused_with_the_figure() -> None:
+    plan = plan_rows(50_000_000_000)
+    with pytest.raises(UsageError, match=r"writes [\d.]+ GiB and [\d.]+ GiB are free") as refused:
+        # Memory of so many rows is short, too; disk alone is asked for here.
+        Plan(plan.counts, plan.stages, None, plan.free, plan.folder).check()
+    assert "choose another --out" in str(refused.value)
+
+
+def test_bounds_that_cannot_be_met_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--rows", "1000", "--dimensions", "8", "--shape", "4x4", "--mapping", "capacity"]
+    out = ["--out", str(tmp_path / "run")]
+    assert main([*arguments, "--set", "max_contents_per_id=1", *out]) == 64
+    assert "max_contents_per_id of at least 63 for 1,000 distinct contents and 16 IDs" in capsys.readouterr().err
+
+
+def test_a_shape_larger_than_the_training_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--rows", "100", "--dimensions", "8", "--shape", "128x4", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 64
+    assert "got 100 items for 128 codewords" in capsys.readouterr().err
+
+
+def test_dimensions_without_rows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "x.npy", "--dimensions", "8", "--out", str(tmp_path / "run")]) == 64
+    assert "expected --rows" in capsys.readouterr().err
+
+
+def test_tokenize_refuses_before_vectors_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Least squares over the codewords of four such levels hold matrices of 240,000 × 240,000 numbers."""
+    np.save(tmp_path / "vectors.npy", clustered_vectors(60_000, 4).astype(np.float16))
+    out = tmp_path / "run"
+    arguments = ["tokenize", str(tmp_path / "vectors.npy"), "--shape", "60000x60000x60000x60000", "--out", str(out)]
+    assert main([*arguments, "--mapping", "capacity"]) == 64
+    assert re.search(r"'Fit the codebooks within bounds' needs 1,?\d{3}\.\d\d GiB of", capsys.readouterr().err)
+    assert {path.name.rpartition("-")[0] for path in (out / "stages").glob("[!.]*")} == {"items"}
+
+
+def test_a_plan_stands_beside_what_the_run_took(vectors_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = vectors_file.parent / "run"
+    arguments = [str(vectors_file), "--shape", "8x6x4", "--out", str(out)]
+    arguments += ["--set", "options.residual_kmeans.iterations=3"]
+    assert main(["plan", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "3,000 items, 3,000 contents, each taken to be distinct, 24 dimensions" in said
+    assert "\nfits: needs " in said
+    assert main(["tokenize", *arguments]) == 0
+    (page,) = out.glob("results/*/*/report.md")
+    assert "| stage | predicted time | took | predicted memory | peak | predicted disk | wrote |" in page.read_text()
+    (report,) = out.glob("results/*/*/report.json")
+    planned = json.loads(report.read_text())["planned"]
+    assert planned[0]["stage"] == "Read the catalogue"
+    assert all(stage["predicted_seconds"] > 0 and stage["seconds"] >= 0 for stage in planned)
+    # The plan took the duplicate for a content of its own.
+    vectors = next(stage for stage in planned if stage["stage"] == "Import the vectors")
+    assert vectors["predicted_disk_bytes"] - vectors["written_bytes"] == 2 * 24
+    capsys.readouterr()
+    assert main(["plan", *arguments]) == 0
+    assert "nothing to do: every stage is there" in capsys.readouterr().out
+
+
+def test_a_plan_of_another_configuration_is_not_shown(vectors_file: Path) -> None:
+    out = vectors_file.parent / "run"
+    arguments = [str(vectors_file), "--shape", "8x6x4", "--out", str(out)]
+    assert main(["plan", *arguments, "--set", "options.residual_kmeans.iterations=4"]) == 0
+    assert main(["tokenize", *arguments, "--set", "options.residual_kmeans.iterations=3"]) == 0
+    (report,) = out.glob("results/*/*/report.json")
+    assert json.loads(report.read_text())["planned"] == []
+
+
+def test_manifests_tell_the_peak_of_their_stage(vectors_file: Path) -> None:
+    config = configured(vectors_file)
+    refs = runs.build(config, runs.local_runner(Path(config.out), silent))
+    recorded = reference(refs.model.path)
+    assert 0 < StageReader(recorded.path).manifest["run"]["peak_rss_bytes"] < 4 << 30
