@@ -19,7 +19,7 @@ from semids.config import BuildConfig, make_config, read_values
 from semids.counts import count_catalogue, suppose_rows, suppose_vectors
 from semids.errors import CorruptionError, SemidsError, StorageError, UsageError
 from semids.page import render_text
-from semids.plan import checking_runner, find_finished, leave_plan, plan_run
+from semids.plan import Finished, checking_runner, find_finished, leave_plan, plan_run
 from semids.progress import TerminalProgress
 from semids.report import comparison_rows, format_table
 from semids.reporting import read_report, report_codes
@@ -220,7 +220,7 @@ def _plan(parsed: argparse.Namespace) -> None:
         else:
             counts = count_catalogue(config, runs.local_runner(folder, TerminalProgress()))
             counts = suppose_rows(counts, rows) if rows else counts
-        done = {} if rows else find_finished(config)
+        done = Finished() if rows else find_finished(config)
         plan = plan_run(config, counts, Machine(folder), done)
         if not rows and plan.to_do:
             leave_plan(config, plan)

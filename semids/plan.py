@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from semids import runs, stage_work
 from semids.config import BuildConfig
 from semids.counts import read_counts
 from semids.errors import UsageError
-from semids.memory import available_bytes
+from semids.memory import available_bytes, held_bytes
 from semids.pipeline import Runner, check_counts
 from semids.reporting import plan_file
-from semids.stages import Ref, Stage, peek_stage
+from semids.stages import Ref, Stage, left_bytes, peek_stage
 from semids.store import commit_sealed_json
 from semids.text import UNKNOWN, format_bytes, format_seconds, plain_table
 from semids.work import Counts, Machine, Work
@@ -54,7 +54,8 @@ class Plan:
     """What a run will take, and what there is.
 
     Args:
-        available: bytes of memory that may still be taken; None where the system does not tell.
+        available: bytes of memory that a process may take; None where the system does not tell.
+        left: bytes that an interrupted run left of the first stage to be done.
         free: bytes free on the disk of the run folder.
         folder: the run folder.
     """
@@ -62,6 +63,7 @@ class Plan:
     counts: Counts
     stages: tuple[StagePlan, ...]
     available: int | None
+    left: int
     free: int
     folder: str
 
@@ -79,7 +81,7 @@ class Plan:
             seconds=None if None in times else sum(time or 0 for time in times),
             memory=max((stage.memory for stage in self.to_do), default=0),
             gpu_memory=max((stage.gpu_memory for stage in self.to_do), default=0),
-            disk=sum(stage.disk for stage in self.to_do),
+            disk=max(0, sum(stage.disk for stage in self.to_do) - self.left),
             done=not self.to_do,
         )
 
@@ -136,12 +138,25 @@ def _row(stage: StagePlan) -> list[str]:
     ]
 
 
-def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done: Mapping[str, Ref]) -> Plan:
+@dataclass
+class Finished:
+    """What earlier runs left.
+
+    Args:
+        stages: references to whole stages, by title.
+        left: bytes of the first stage that is not whole.
+    """
+
+    stages: dict[str, Ref] = field(default_factory=dict[str, Ref])
+    left: int = 0
+
+
+def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done: Finished) -> Plan:
     """Predict what each stage of a run takes.
 
     Args:
         machine: measures what time depends on, in some seconds; None leaves times out, and takes none.
-        done: the stages that an earlier run left, by title; see `find_finished`.
+        done: what earlier runs left; see `find_finished`.
 
     Raises:
         UsageError: a codebook is larger than the training split, or the contents cannot keep the bounds.
@@ -149,12 +164,15 @@ def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done:
     check_counts(config, counts.contents, counts.training_items)
     folder = Path(config.out).resolve()
     stages: list[StagePlan] = []
-    for title, base, work in _works(config, counts, done):
-        finished = title in done
+    for title, base, work in _works(config, counts, done.stages):
+        finished = title in done.stages
         seconds = machine.seconds(work) if machine is not None and not finished else None
         stages.append(StagePlan(title, seconds, base + work.memory, work.gpu_memory, work.disk, finished))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return Plan(counts, tuple(stages), available_bytes(), shutil.disk_usage(existing).free, str(folder))
+    available = available_bytes()
+    # What this process holds is in the predictions.
+    available = None if available is None else available + held_bytes()
+    return Plan(counts, tuple(stages), available, done.left, shutil.disk_usage(existing).free, str(folder))
 
 
 def _works(config: BuildConfig, counts: Counts, done: Mapping[str, Ref]) -> list[tuple[str, int, Work]]:
@@ -179,10 +197,10 @@ def _works(config: BuildConfig, counts: Counts, done: Mapping[str, Ref]) -> list
     ]
 
 
-def find_finished(config: BuildConfig) -> dict[str, Ref]:
-    """Return the stages that an earlier run left, by title, as far as their manifests tell."""
+def find_finished(config: BuildConfig) -> Finished:
+    """Return what earlier runs left of a configuration, as far as manifests tell."""
     folder = Path(config.out)
-    found: dict[str, Ref] = {}
+    found = Finished()
     # To name a stage, the catalogue is digested: not where nothing can be found.
     if not (folder / "stages").is_dir():
         return found
@@ -190,8 +208,9 @@ def find_finished(config: BuildConfig) -> dict[str, Ref]:
     def peek(stage: Stage) -> Ref:
         ref = peek_stage(folder, stage)
         if ref is None:
+            found.left = left_bytes(folder, stage)
             raise runs.NotMadeError(stage.title)
-        found[stage.title] = ref
+        found.stages[stage.title] = ref
         return ref
 
     with contextlib.suppress(runs.NotMadeError):
@@ -206,16 +225,17 @@ def checking_runner(config: BuildConfig, run: Runner) -> Runner:
         UsageError: as `Plan.check` does.
     """
     folder = Path(config.out)
-    seen: dict[str, Ref] = {}
+    seen = Finished()
     checked: list[str] = []
 
     def run_checked(stage: Stage) -> Ref:
         # From the first stage that is not there on, all are to be done.
-        if READ in seen and not checked and peek_stage(folder, stage) is None:
-            plan_run(config, read_counts(config, seen[READ]), None, seen).check()
+        if READ in seen.stages and not checked and peek_stage(folder, stage) is None:
+            seen.left = left_bytes(folder, stage)
+            plan_run(config, read_counts(config, seen.stages[READ]), None, seen).check()
             checked.append(stage.title)
-        seen[stage.title] = run(stage)
-        return seen[stage.title]
+        seen.stages[stage.title] = run(stage)
+        return seen.stages[stage.title]
 
     return run_checked
 

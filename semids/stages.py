@@ -214,6 +214,11 @@ def peek_stage(folder: Path, stage: Stage) -> Ref | None:
     return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])
 
 
+def left_bytes(folder: Path, stage: Stage) -> int:
+    """Return the size of what an interrupted run left of a stage."""
+    return sum(path.stat().st_size for path in _folder_of(folder, stage).glob("*") if path.is_file())
+
+
 def _folder_of(folder: Path, stage: Stage) -> Path:
     return folder.resolve() / "stages" / f"{stage.name}-{stage.fingerprint[:16]}"
 

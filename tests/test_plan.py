@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from semids.config import BuildConfig
 from semids.counts import count_catalogue, suppose_vectors
 from semids.errors import UsageError
 from semids.memory import available_bytes
-from semids.plan import Plan, find_finished, plan_run
+from semids.plan import Finished, Plan, find_finished, plan_run
 from semids.progress import silent
 from semids.stages import StageReader, reference
 
@@ -39,7 +40,7 @@ def configured(path: Path, shape: str = "8x6x4", **values: object) -> BuildConfi
 
 def plan_rows(rows: int, dimensions: int = 1024, shape: str = "256x256x256", **values: object) -> Plan:
     config = configured(Path("no-such-folder/vectors.npy"), shape, **values)
-    return plan_run(config, suppose_vectors(rows, dimensions), None, {})
+    return plan_run(config, suppose_vectors(rows, dimensions), None, Finished())
 
 
 @pytest.mark.parametrize("mapping", ["nearest", "uniform", "capacity"])
@@ -50,8 +51,8 @@ def test_predicted_disk_is_what_a_run_writes(vectors_file: Path, mapping: str) -
     counts = count_catalogue(config, run)
     assert counts.exact
     assert counts.contents == 2999
-    predicted = {stage.title: stage for stage in plan_run(config, counts, None, {}).stages}
-    found = {title: StageReader(ref.path).manifest for title, ref in find_finished(config).items()}
+    predicted = {stage.title: stage for stage in plan_run(config, counts, None, Finished()).stages}
+    found = {title: StageReader(ref.path).manifest for title, ref in find_finished(config).stages.items()}
     assert predicted.keys() == found.keys()
     # Small Parquet files are mostly footers, and plots follow the data: the vectors and codes must be exact.
     for title in ("Import the vectors", "Encode the vectors"):
@@ -91,7 +92,7 @@ def test_a_run_without_disk_is_refused_with_the_figure() -> None:
     plan = plan_rows(50_000_000_000)
     with pytest.raises(UsageError, match=r"writes [\d.]+ GiB and [\d.]+ GiB are free") as refused:
         # Memory of so many rows is short, too; disk alone is asked for here.
-        Plan(plan.counts, plan.stages, None, plan.free, plan.folder).check()
+        replace(plan, available=None).check()
     assert "choose another --out" in str(refused.value)
 
 
@@ -121,6 +122,21 @@ def test_tokenize_refuses_before_vectors_are_copied(tmp_path: Path, capsys: pyte
     assert main([*arguments, "--mapping", "capacity"]) == 64
     assert re.search(r"'Fit the codebooks within bounds' needs 1,?\d{3}\.\d\d GiB of", capsys.readouterr().err)
     assert {path.name.rpartition("-")[0] for path in (out / "stages").glob("[!.]*")} == {"items"}
+
+
+def test_what_an_interrupted_run_left_is_not_asked_for_again(vectors_file: Path) -> None:
+    config = configured(vectors_file)
+    runs.build(config, runs.local_runner(Path(config.out), silent))
+    codes = find_finished(config).stages["Encode the vectors"]
+    written = sum(path.stat().st_size for path in Path(codes.path).glob("codes-*"))
+    for path in [Path(codes.path) / "manifest.json", *Path(codes.path).glob("squared_errors-*")]:
+        path.unlink()
+    found = find_finished(config)
+    assert found.stages.keys() & {"Encode the vectors", "Write the report"} == set()
+    assert found.left == written
+    counts = count_catalogue(config, runs.local_runner(Path(config.out), silent))
+    plan = plan_run(config, counts, None, found)
+    assert plan.total.disk == sum(stage.disk for stage in plan.stages[-3:]) - written
 
 
 def test_a_plan_stands_beside_what_the_run_took(vectors_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
