@@ -108,7 +108,7 @@ class Plan:
         """Return the stages as a table, what they were predicted from, and whether they fit, for a terminal."""
         rows = [_row(stage) for stage in (*self.stages, self.total)]
         counts = self.counts
-        known = "" if counts.exact else ", each taken to be distinct"
+        known = "" if counts.exact else ", supposed"
         return (
             f"{counts.items:,} items, {counts.contents:,} contents{known}, {counts.dimensions:,} dimensions\n\n"
             f"{plain_table(['stage', 'time', 'memory', 'GPU memory', 'disk'], rows, left=[0])}"

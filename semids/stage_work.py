@@ -40,9 +40,12 @@ SAMPLE_TEXTS = 256
 
 
 def scan_work(counts: Counts) -> Work:
-    """Return the work of reading a catalogue of vectors."""
+    """Return the work of reading a catalogue."""
     d, itemsize = counts.dimensions, counts.itemsize
     disk = CONTENT_BYTES * counts.contents + ITEM_BYTES * counts.items
+    if counts.texts is not None:
+        # Texts count as vectors in time, which is little beside that of embedding them.
+        disk += counts.texts.stat().st_size * counts.contents / pq.read_metadata(counts.texts).num_rows
     units = {scanning(d, itemsize): counts.items, reading(counts): counts.items * d * itemsize}
     return Work(units, memory=BATCH_BYTES, disk=round(disk))
 
@@ -111,11 +114,12 @@ def report_work(config: BuildConfig, counts: Counts) -> Work:
     d, levels = counts.dimensions, len(config.sizes)
     sample = min(counts.contents, NEIGHBOUR_SAMPLE)
     units = {
-        reading(counts): counts.vector_bytes,
+        # Once for the distortion, and again for the neighbours.
+        reading(counts): 2 * counts.vector_bytes,
         measuring_ids(config.sizes): (counts.splits + 1) * counts.contents,
         measuring_distortion(d, counts.itemsize, levels): counts.contents,
         taking(d, counts.itemsize): sample,
-        finding_neighbours(d): sample * min(sample, NEIGHBOUR_QUERIES),
+        finding_neighbours(d, counts.itemsize): sample * min(sample, NEIGHBOUR_QUERIES),
         plotting(): 1,
     }
     # Vectors and reconstructions as they are, of unit length, and on the way there.
@@ -171,7 +175,7 @@ def writing_ids(sizes: tuple[int, ...]) -> Probe:
     """Items whose IDs are written as Parquet and as tokens."""
 
     def prepare(folder: Path) -> Prepared:
-        rows = 4 * PROBE_ROWS
+        rows = 8 * PROBE_ROWS
         items, columns = folder / "items.parquet", np.arange(rows)
         pq.write_table(pa.table({"item_id": columns, "content_id": columns.astype(np.uint32)}), items)
         codes = _draw_codes(rows, sizes)
@@ -206,15 +210,21 @@ def measuring_distortion(dimensions: int, itemsize: int, levels: int) -> Probe:
     return Probe(f"measure distortion of {dimensions} × {itemsize} bytes", prepare)
 
 
-def finding_neighbours(dimensions: int) -> Probe:
+def finding_neighbours(dimensions: int, itemsize: int) -> Probe:
     """Pairs of a query and a row of a sample."""
 
     def prepare(folder: Path) -> Prepared:
-        rows, queries = draw_rows(PROBE_ROWS // 2, dimensions), 200
+        # As many rows a query as in a report.
+        rows, queries = draw_rows(PROBE_ROWS // 2, dimensions, itemsize), PROBE_ROWS // 40
         codes = _draw_codes(len(rows), (64, 64))
-        return lambda: neighbour_figures(rows, rows, codes, queries=queries), len(rows) * queries
 
-    return Probe(f"find neighbours in {dimensions} dimensions", prepare)
+        def run() -> None:
+            sample = rows.astype(np.float32)
+            neighbour_figures(sample, sample, codes, queries=queries)
+
+        return run, len(rows) * queries
+
+    return Probe(f"find neighbours in {dimensions} × {itemsize} bytes", prepare)
 
 
 def plotting() -> Probe:
@@ -224,7 +234,7 @@ def plotting() -> Probe:
         figures = measure_ids([_draw_codes(PROBE_ROWS, (64, 64, 64))], None, sizes=(64, 64, 64))
         return lambda: plot_report(figures), 1
 
-    return Probe("draw plots", prepare)
+    return Probe("draw plots", prepare, once=True)
 
 
 def _draw_codes(rows: int, sizes: tuple[int, ...]) -> Codes:

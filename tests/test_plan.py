@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 from conftest import clustered_vectors
+from small_runs import tokenize_arguments, write_catalogue
 
 from semids import runs
 from semids.cli import main
@@ -145,7 +147,7 @@ def test_a_plan_stands_beside_what_the_run_took(vectors_file: Path, capsys: pyte
     arguments += ["--set", "options.residual_kmeans.iterations=3"]
     assert main(["plan", *arguments]) == 0
     said = capsys.readouterr().out
-    assert "3,000 items, 3,000 contents, each taken to be distinct, 24 dimensions" in said
+    assert "3,000 items, 3,000 contents, supposed, 24 dimensions" in said
     assert "\nfits: needs " in said
     assert main(["tokenize", *arguments]) == 0
     (page,) = out.glob("results/*/*/report.md")
@@ -160,6 +162,26 @@ def test_a_plan_stands_beside_what_the_run_took(vectors_file: Path, capsys: pyte
     capsys.readouterr()
     assert main(["plan", *arguments]) == 0
     assert "nothing to do: every stage is there" in capsys.readouterr().out
+
+
+def test_texts_are_counted_and_timed_with_their_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.build_bert(tmp_path / "model")
+    catalogue = write_catalogue(tmp_path / "items.jsonl")
+    arguments = tokenize_arguments(catalogue, model, tmp_path / "run", text_column="text")[1:]
+    assert main(["plan", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "160 items, 140 contents, 32 dimensions" in said
+    assert "Read the catalogue  " in said
+    assert main(["tokenize", *arguments]) == 0
+    (report,) = (tmp_path / "run").glob("results/*/*/report.json")
+    planned = {stage["stage"]: stage for stage in json.loads(report.read_text())["planned"]}
+    # Reading was done by the plan.
+    assert planned["Read the catalogue"]["predicted_seconds"] is None
+    assert planned["Embed the texts"]["predicted_seconds"] > 0
+    assert planned["Embed the texts"]["predicted_disk_bytes"] == planned["Embed the texts"]["written_bytes"]
+    capsys.readouterr()
+    assert main(["plan", *arguments, "--rows", "16000"]) == 0
+    assert "16,000 items, 14,000 contents, supposed, 32 dimensions" in capsys.readouterr().out
 
 
 def test_a_plan_of_another_configuration_is_not_shown(vectors_file: Path) -> None:

@@ -22,7 +22,7 @@ DEFAULT_MAX_TOKENS = 512
 """Where the checkpoint names no limit: most item texts are shorter, and attention costs its square."""
 BATCH_ROWS = 1024
 """Texts a batch at most, so that a large token budget does not put a whole shard of very short texts in one."""
-LIBRARY_BYTES = 270_000_000
+LIBRARY_BYTES = 340_000_000
 """Memory of the transformers library and what it loads."""
 STEP = "embed texts"
 # What 1_Pooling/config.json calls ours.

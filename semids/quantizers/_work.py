@@ -133,19 +133,22 @@ def looking(size: int) -> Probe:
 
 
 def grouping(rows: int, size: int, loads: Loads, *, priced: bool) -> Probe:
-    """Prefixes of so many rows that are assigned to their children within loads."""
+    """Rows assigned to children within loads, in prefixes of so many rows on average and of unequal popularity."""
     groups = max(2, min(256, DIRECT_ENTRIES // (rows * size)))
 
     def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
-        vectors = draw_rows(groups * rows, 16)
+        # Exponentially distributed: what an exact assignment takes grows faster than rows.
+        counts = np.clip(np.round(-rows * np.log(1 - (np.arange(groups) + 0.5) / groups)), 1, loads.most * size)
+        prefixes = np.repeat(np.arange(groups), counts.astype(np.int64))
+        vectors = draw_rows(len(prefixes), 16)
         quantizer = nearest_quantizer([draw_rows(count, 16) for count in (groups, size, *([2] if priced else []))])
-        before = np.repeat(np.arange(groups), rows)[:, None].astype(code_dtype((groups, size)))
+        before = prefixes[:, None].astype(code_dtype((groups, size)))
         below = 2 if priced else 1
         bounds = Bounds(loads.least // below, -(-loads.most // below))
         contents = len(vectors)
         return lambda: assign_level(
             lambda some: vectors[some], quantizer, before, bounds, contents=contents, priced=priced
-        ), groups
+        ), contents
 
     return Probe(f"assign {rows} rows to {size} children, {loads.least} to {loads.most}, priced {priced}", prepare)
 
@@ -265,7 +268,7 @@ def level_work(
     product = encoding([size], counts.dimensions, 4)
     last = level == len(sizes) - 1
     if each * size <= DIRECT_ENTRIES:
-        return Work({product: rows * size, grouping(each, size, loads, priced=priced and not last): prefixes})
+        return Work({product: rows * size, grouping(each, size, loads, priced=priced and not last): rows})
     fitted = min(each, ROWS_PER_CHILD * size, COST_BYTES // (4 * size))
     # Costs that do not fit are computed again whenever they are looked at.
     times = 1 if 4 * each * size <= BLOCK_BYTES else ROUNDING_PASSES

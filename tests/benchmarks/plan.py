@@ -1,8 +1,9 @@
 """Compare what `semids plan` predicts with what the runs take, stage by stage.
 
 Run it with `python -m tests.benchmarks.plan VECTORS.npy --out FOLDER`, VECTORS of 200,000 x 1,024 from
-`tests.benchmarks.vectors`; it plans and runs each case in processes of their own, writes `plan.json` beside this module
-and prints a table of the stages that take over 2 s.
+`tests.benchmarks.vectors` and FOLDER one that may be deleted; it plans and runs each case in processes of their own
+(cases share what they have in common), writes `plan.json` beside this module and prints a table of the stages that
+take over 2 s.
 """
 
 from __future__ import annotations
@@ -40,15 +41,17 @@ def semids(*arguments: object) -> None:
 
 
 def compare(name: str, arguments: Sequence[object], out: Path) -> list[dict[str, Any]]:
-    """Plan and run one case in a new folder; return what was predicted of each stage, and what it took."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Plan and run one case; return what was predicted of each stage that no case before it left, and what it took."""
+    before = set(out.glob("stages/*/manifest.json")) | set(out.glob("plans/*.json"))
     semids("plan", *arguments, "--out", out)
     semids("tokenize", *arguments, "--out", out)
-    (plan_file,) = (out / "plans").glob("*.json")
-    manifests = [read_sealed_json(path) for path in (out / "stages").glob("*/manifest.json")]
+    (plan_file,) = set(out.glob("plans/*.json")) - before
+    manifests = [read_sealed_json(path) for path in set(out.glob("stages/*/manifest.json")) - before]
     took = {manifest["title"]: manifest for manifest in manifests}
     stages: list[dict[str, Any]] = []
     for stage in read_sealed_json(plan_file)["stages"]:
+        if stage["seconds"] is None:
+            continue
         manifest = took[stage["title"]]
         stages.append(
             {
@@ -80,9 +83,9 @@ def row_of(stage: dict[str, Any]) -> list[str]:
     return [
         stage["case"],
         stage["stage"],
-        "done" if seconds is None else f"{seconds:.1f}",
+        f"{seconds:.1f}",
         f"{took:.1f}",
-        "" if seconds is None else f"{seconds / took:.2f}",
+        f"{seconds / took:.2f}",
         f"{memory / 1e6:,.0f}",
         f"{peak / 1e6:,.0f}",
         f"{memory / peak:.2f}",
@@ -97,7 +100,8 @@ def main() -> None:
     parser.add_argument("vectors", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parsed = parser.parse_args()
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(parsed.out, ignore_errors=True)
+    parsed.out.mkdir(parents=True)
     semids("sample", parsed.out / "sample.parquet")
     slim = narrow(parsed.vectors, parsed.out / "narrow.npy")
     text = (parsed.out / "sample.parquet", "--template", r"{title}\nBrand: {brand}\n{description}")
@@ -105,8 +109,8 @@ def main() -> None:
     cases |= {"50k x 256, 64x64x64 nearest": (slim, "--shape", "64x64x64")}
     cases |= {"texts, 16x16x16 capacity": (*text, "--shape", "16x16x16", "--mapping", "capacity")}
     stages: list[dict[str, Any]] = []
-    for number, (name, arguments) in enumerate(cases.items()):
-        stages += compare(name, arguments, parsed.out / f"run-{number}")
+    for name, arguments in cases.items():
+        stages += compare(name, arguments, parsed.out / f"run-{Path(str(arguments[0])).stem}")
         print(name, flush=True)
         (FOLDER / "plan.json").write_text(json.dumps({**circumstances(), "stages": stages}, indent=1) + "\n")
     headings = ["case", "stage", "predicted s", "took s", "ratio", "predicted MB", "peak MB", "ratio"]
