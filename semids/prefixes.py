@@ -20,8 +20,8 @@ BLOCK_BYTES = 256 << 20
 """Costs of small groups that are held at a time; those of a larger group are computed a part at a time, each time."""
 READ_ROWS = 8192
 """Vectors read at a time."""
-SUM_ROWS = 1 << 15
-"""Vectors summed at a time in float32."""
+SUM_BYTES = 64 << 20
+"""Vectors that a thread sums at a time in float32."""
 RELATIVE_RESIDUAL = 1e-4
 """What conjugate gradients leave, over what they begin with: 1e-2 leaves 1e-6 of the error of an exact solution."""
 MOST_ITERATIONS = 100
@@ -277,7 +277,8 @@ def _normal_equations(
 
     gram = RIDGE * csr_array(eye_array(total, dtype=np.float64))
     sums = RIDGE * np.concatenate(codebooks).astype(np.float64)
-    blocks = [slice(start, min(start + SUM_ROWS, len(codes))) for start in range(0, len(codes), SUM_ROWS)]
+    step = max(1, SUM_BYTES // (4 * codebooks[0].shape[1]))
+    blocks = [slice(start, min(start + step, len(codes))) for start in range(0, len(codes), step)]
     for counts, of_vectors in in_order(products, blocks):
         # float32 within a block, float64 from block to block: a codeword of a large catalogue sums 100,000 rows.
         gram = gram + counts

@@ -117,12 +117,16 @@ def test_dimensions_without_rows_are_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_tokenize_refuses_before_vectors_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Least squares over the codewords of four such levels hold matrices of 240,000 × 240,000 numbers."""
-    np.save(tmp_path / "vectors.npy", clustered_vectors(60_000, 4).astype(np.float16))
+    """Prices of 65,536 codewords under the prefix of nearly every content are 256 KiB a content."""
+    available = available_bytes()
+    assert available is not None
+    rows = max(65_536, round(1.3 * available / (4 * 65_536)))
+    np.save(tmp_path / "vectors.npy", clustered_vectors(rows, 8))
     out = tmp_path / "run"
-    arguments = ["tokenize", str(tmp_path / "vectors.npy"), "--shape", "60000x60000x60000x60000", "--out", str(out)]
+    shape = "65536x65536x65536x2"
+    arguments = ["tokenize", str(tmp_path / "vectors.npy"), "--shape", shape, "--out", str(out)]
     assert main([*arguments, "--mapping", "capacity"]) == 64
-    assert re.search(r"'Fit the codebooks within bounds' needs 1,?\d{3}\.\d\d GiB of", capsys.readouterr().err)
+    assert re.search(r"'Place every content on level 3' needs [\d.]+ GiB of [\d.]+ GiB", capsys.readouterr().err)
     assert {path.name.rpartition("-")[0] for path in (out / "stages").glob("[!.]*")} == {"items"}
 
 

@@ -14,8 +14,9 @@ from semids.balance import NEWTON_CODEWORDS, SINKHORN_STEPS_PER_NEWTON_STEP, fit
 from semids.calibration import PROBE_ENTRIES, draw_rows, reading, taking
 from semids.capacity import COST_BYTES, ROWS_PER_CHILD, Bounds, Loads, cheapest_children
 from semids.kmeans import fit_codebook, training_budget
-from semids.prefixes import BLOCK_BYTES, SUM_ROWS, assign_level, nearest_quantizer, refit_last
-from semids.residual import CHUNK_ROWS, PRODUCT_BYTES
+from semids.parallel import AHEAD, thread_count
+from semids.prefixes import BLOCK_BYTES, READ_ROWS, SUM_BYTES, assign_level, nearest_quantizer, refit_last
+from semids.residual import CHUNK_ROWS, PRODUCT_BYTES, SCORE_BYTES
 from semids.shards import SHARD_ROWS
 from semids.work import Counts, Probe, Work
 
@@ -36,6 +37,10 @@ DIRECT_ENTRIES = 1 << 19
 """Largest cost matrix of a prefix that a probe assigns as it is; of a larger one, its parts are timed."""
 KNOWN_BYTES = 80
 """Memory of a content whose codes are looked up: digests of the catalogue and of the model, and codes."""
+EQUATION_ARRAYS = 8
+"""Of codewords × dimensions in float64, while all codebooks are fitted at once."""
+PAIR_BYTES = 32
+"""Of a pair of codewords that occurs: its count in float64 and its place, and those before a block is added."""
 HEADER_BYTES = 160
 """Of a tensor in a file."""
 
@@ -169,11 +174,14 @@ def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, steps: in
     return sample + lloyd
 
 
-def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: int, coarse: int, largest: int) -> Work:
+def uniform_work(
+    level: int, sizes: Sequence[int], counts: Counts, *, refits: int, moves: float, coarse: int, largest: int
+) -> Work:
     """Return the work of balancing a level, from 1.
 
     Args:
         refits: Lloyd steps under the uniform assignment.
+        moves: as many times all rows as these steps assign.
         coarse: rows a codeword that potentials are fitted to while the codebook still moves.
         largest: bytes of the cost matrix at most.
     """
@@ -183,12 +191,14 @@ def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: in
     few = min(fitted, coarse * size)
     product = encoding([size], d, 4)
     # The sample, the rows of it that potentials are fitted to, and their costs.
-    held = Work({product: (refits * (rows + few) + fitted) * size}, memory=4 * (rows + fitted) * d + 5 * fitted * size)
+    held = Work(
+        {product: (moves * rows + refits * few + fitted) * size}, memory=4 * (rows + fitted) * d + 5 * fitted * size
+    )
     return (
         _sample_work(level, sizes, counts)
         + fit_work(few, size, refits * PASSES)
         + fit_work(fitted, size, LAST_PASSES)
-        + Work({refitting(d): refits * rows}, disk=codebook_bytes([size], d))
+        + Work({refitting(d): moves * rows}, disk=codebook_bytes([size], d))
         + held
     )
 
@@ -209,11 +219,10 @@ def bounded_work(sizes: Sequence[int], bounds: Bounds, counts: Counts, *, rounds
             found = level_work(seen, level, sizes, bounds, counts, priced=False)
             work += Work({probe: times * amount for probe, amount in found.units.items()})
         work += Work({refitting(d): times * seen * levels})
-    # Held at a time with the sample: what sums read of it, and the equations of all codewords.
-    read = 4 * d * (rows if rows <= SUM_ROWS else 2 * SUM_ROWS)
-    equations = 24 * sum(sizes) ** 2 + 16 * sum(sizes) * d
+    costs = round(4.25 * min(rows * max(sizes), BLOCK_BYTES // 4))
     return work + Work(
-        memory=work.memory + max(read, round(4.25 * min(rows * max(sizes), BLOCK_BYTES // 4))) + equations,
+        # Held with the sample: the costs of some prefixes, or the equations of all codewords.
+        memory=work.memory + max(costs, _equation_bytes(rows, sizes, d)),
         disk=codebook_bytes(sizes, d) + sum(_price_bytes(level, rows, sizes) for level in range(levels - 1)),
     )
 
@@ -225,10 +234,9 @@ def settled_work(sizes: Sequence[int], bounds: Bounds, counts: Counts, *, rounds
     work = _held_work(rows, 0, sizes, counts)
     found = level_work(rows, last, sizes, bounds, counts, priced=False, whole=True)
     work += Work({probe: rounds * amount for probe, amount in found.units.items()})
-    read = 4 * d * (rows if rows <= SUM_ROWS else 2 * SUM_ROWS)
     return work + Work(
         {refitting(d): rounds * rows * len(sizes)},
-        memory=work.memory + read + 24 * sum(sizes) ** 2 + 16 * sum(sizes) * d,
+        memory=work.memory + _equation_bytes(rows, sizes, d),
         disk=codebook_bytes([sizes[last]], d),
     )
 
@@ -239,7 +247,8 @@ def placed_work(level: int, sizes: Sequence[int], bounds: Bounds, counts: Counts
     prices = _price_bytes(level, contents, sizes) if level < len(sizes) - 1 else 0
     costs = min(4 * contents * size, BLOCK_BYTES)
     # Prefixes, their order and starts, and codes; the vectors being read; and the costs.
-    held = contents * (32 + level + 1) + 8192 * d * counts.itemsize + 8192 * d + costs + prices
+    read = thread_count() * READ_ROWS * d * (counts.itemsize + 4 * CHUNK_ROWS // READ_ROWS)
+    held = contents * (32 + level + 1) + read + costs + prices
     work = level_work(contents, level, sizes, bounds, counts, priced=True)
     work += Work(
         {reading(counts): counts.vector_bytes, taking(d, counts.itemsize): contents},
@@ -288,7 +297,8 @@ def encoding_work(sizes: Sequence[int], counts: Counts, *, beam: int, known: boo
         return errors + Work(memory=KNOWN_BYTES * counts.contents + product_bytes(sizes, d))
     slower = 1 if beam == 1 else 1 + beam / 12
     shard = min(counts.contents, SHARD_ROWS) * d * counts.itemsize
-    memory = shard + product_bytes(sizes, d) + 4 * CHUNK_ROWS * (beam * sum(sizes) + d)
+    rows = min(CHUNK_ROWS, max(1, SCORE_BYTES // (4 * sum(sizes) * beam)))
+    memory = shard + product_bytes(sizes, d) + thread_count() * 4 * rows * (beam * sum(sizes) + d)
     return errors + Work({encoding(sizes, d, counts.itemsize): slower * counts.contents * sum(sizes)}, memory=memory)
 
 
@@ -332,6 +342,18 @@ def _held_work(rows: int, few: int, sizes: Sequence[int], counts: Counts) -> Wor
     d = counts.dimensions
     units = {reading(counts): counts.vector_bytes, taking(d, counts.itemsize): rows}
     return Work(units, memory=4 * d * (rows + few) + product_bytes(sizes, d))
+
+
+def _equation_bytes(rows: int, sizes: Sequence[int], dimensions: int) -> int:
+    """Return what the least squares over all codewords hold: rows that are summed, sums, and pairs that occur."""
+    threads, total = thread_count(), sum(sizes)
+    step = SUM_BYTES // (4 * dimensions)
+    parts = min(threads, -(-rows // step))
+    pairs = sum(min(rows, a * b) for a in sizes for b in sizes)
+    sums = 4 * AHEAD * parts * total * dimensions
+    return (
+        4 * parts * min(rows, step) * dimensions + sums + EQUATION_ARRAYS * 8 * total * dimensions + PAIR_BYTES * pairs
+    )
 
 
 def _price_bytes(level: int, rows: int, sizes: Sequence[int]) -> int:

@@ -106,6 +106,7 @@ class ResidualKMeans(Quantizer):
                             level,
                             self.sizes,
                             refits=REFIT_STEPS,
+                            moves=REFIT_STEPS - COARSE_STEPS + COARSE_STEPS / COARSE,
                             coarse=COARSE_ROWS_PER_CODEWORD,
                             largest=COST_BYTES,
                         ),
