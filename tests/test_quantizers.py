@@ -52,6 +52,19 @@ def frozen(trained: Any) -> FrozenQuantizer:
     return trained[0].freeze(trained[3])
 
 
+def test_more_codewords_than_rows_keep_an_error_as_low_as_without_bounds(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((300, 24)).astype(np.float32)
+    array = InMemory(rows, tmp_path)
+    errors: dict[str, float] = {}
+    for mapping in ("nearest", "capacity"):
+        member = residual_kmeans.ResidualKMeans
+        tensors, _, _ = train(member, mapping, array, np.arange(len(rows)), sizes=(128, 128, 128))
+        frozen = member.freeze(tensors)
+        errors[mapping] = float(frozen.squared_errors(rows, frozen.encode(rows))[:, -1].mean())
+    # Least squares over 384 codewords end at 8 times the error.
+    assert errors["capacity"] < 1.01 * errors["nearest"]
+
+
 def test_a_training_sample_is_bounded_in_bytes(
     vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

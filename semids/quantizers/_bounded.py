@@ -120,14 +120,19 @@ def _fit_codebooks(
     bounds, contents = _bounds(step), data.vectors.layout.rows
     books = tuple(needed[name]["codebook"] for name in step.needs)
     prices: tuple[PriceTable, ...] | None = None
-    for finished in range(ROUNDS):
-        vectors = coarse if finished < COARSE_ROUNDS else sample
+    # As many codewords as rows fit them exactly by least squares, as sums that greedy encoding does not find again.
+    determined = sum(step.parameters["sizes"]) < len(sample)
+    rounds = ROUNDS if determined else 1
+    for finished in range(rounds):
+        vectors = coarse if determined and finished < COARSE_ROUNDS else sample
         take = _taker(vectors)
         found = assign_within_bounds(
             take, books, bounds, rows=len(vectors), contents=contents, start=prices, priced=False
         )
-        books, prices = refit_jointly(take, found.codes, books), found.prices
-        progress(step.title, finished + 1, ROUNDS, "rounds")
+        prices = found.prices
+        if determined:
+            books = refit_jointly(take, found.codes, books)
+        progress(step.title, finished + 1, rounds, "rounds")
     tensors: Tensors = {}
     for level, (codebook, table) in enumerate(zip(books, prices or (), strict=True), start=1):
         tensors[f"codebook_{level}"] = codebook

@@ -16,7 +16,7 @@ from semids.capacity import COST_BYTES, ROWS_PER_CHILD, Bounds, Loads, cheapest_
 from semids.kmeans import fit_codebook, training_budget
 from semids.parallel import AHEAD, thread_count
 from semids.prefixes import BLOCK_BYTES, READ_ROWS, SUM_BYTES, assign_level, nearest_quantizer, refit_last
-from semids.residual import CHUNK_ROWS, PRODUCT_BYTES, SCORE_BYTES
+from semids.residual import CHUNK_ROWS, PART_ROWS, PRODUCT_BYTES, SCORE_BYTES
 from semids.shards import SHARD_ROWS
 from semids.work import Counts, Probe, Work
 
@@ -323,9 +323,11 @@ def _sample_work(level: int, sizes: Sequence[int], counts: Counts) -> Work:
     rows, d = sample_size(sizes[level - 1], counts), counts.dimensions
     # The rows as they are stored are held until they are converted.
     copied = counts.itemsize == 2 or level > 1
+    # Reconstructions of a part, and what is added to them.
+    parts = 8 * d * min(rows, thread_count() * PART_ROWS) if level > 1 else 0
     work = Work(
         {reading(counts): counts.vector_bytes, taking(d, counts.itemsize): rows},
-        memory=rows * d * (4 + counts.itemsize * copied),
+        memory=rows * d * (4 + counts.itemsize * copied) + parts,
     )
     if level > 1:
         before = sizes[: level - 1]
