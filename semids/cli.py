@@ -15,6 +15,7 @@ import yaml
 from semids import results, runs
 from semids.adopt import adopt_vectors
 from semids.arrays import parse_shape
+from semids.catalogue import is_vectors
 from semids.config import BuildConfig, make_config, read_values
 from semids.counts import count_catalogue, suppose_rows, suppose_vectors
 from semids.errors import CorruptionError, SemidsError, StorageError, UsageError
@@ -208,20 +209,28 @@ def _tokenize(parsed: argparse.Namespace) -> None:
 
 def _plan(parsed: argparse.Namespace) -> None:
     rows, dimensions = parsed.rows, parsed.dimensions
-    if min(rows or 1, dimensions or 1) < 1 or (dimensions and not rows):
+    given = [number for number in (rows, dimensions) if number is not None]
+    if any(number < 1 for number in given) or (dimensions and not rows):
         raise UsageError(f"expected --rows, and --dimensions with it, of at least 1, got {rows} and {dimensions}")
-    if dimensions and parsed.input is None and parsed.config is None:
+    supposed = dimensions and parsed.input is None and parsed.config is None
+    if supposed:
         parsed.input = f"{rows}x{dimensions}.npy"
     config = _configured(parsed)
     folder = Path(config.out)
     with run_lock(folder):
         if dimensions:
+            if not supposed and not is_vectors(config.catalogue):
+                raise UsageError(
+                    "expected --dimensions for a catalogue of vectors, got one of texts: their model tells"
+                )
             counts = suppose_vectors(rows, dimensions)
         else:
             counts = count_catalogue(config, runs.local_runner(folder, TerminalProgress()))
             counts = suppose_rows(counts, rows) if rows else counts
         done = Finished() if rows else find_finished(config)
-        plan = plan_run(config, counts, Machine(folder), done)
+        plan = plan_run(config, counts, None, done)
+        if plan.can_be_measured:
+            plan = plan_run(config, counts, Machine(folder), done)
         if not rows and plan.to_do:
             leave_plan(config, plan)
     print(plan.describe())

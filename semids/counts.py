@@ -16,6 +16,11 @@ from semids.stages import Ref, StageReader, peek_stage
 from semids.vector_items import VectorSource
 from semids.work import Counts
 
+
+class UnknownDimensionsError(UsageError):
+    """The files of an embedding model do not tell how wide its vectors are."""
+
+
 ID_ROWS = 1 << 18
 """Items whose ids are measured."""
 
@@ -56,16 +61,16 @@ def suppose_vectors(rows: int, dimensions: int, *, itemsize: int = 2) -> Counts:
 
 
 def suppose_rows(counts: Counts, rows: int) -> Counts:
-    """Return the counts of a catalogue like the given one, with so many items."""
-    if counts.texts is None:
+    """Return the counts of a catalogue like the given one, with so many items; vectors not read yet are distinct."""
+    if not counts.exact:
         return suppose_vectors(rows, counts.dimensions, itemsize=counts.itemsize)
     factor = rows / counts.items
     return replace(
         counts,
         items=rows,
-        contents=round(counts.contents * factor),
-        training=round(counts.training * factor),
-        training_items=round(counts.training_items * factor),
+        contents=max(1, round(counts.contents * factor)),
+        training=max(1, round(counts.training * factor)),
+        training_items=max(1, round(counts.training_items * factor)),
         exact=False,
     )
 
@@ -74,14 +79,14 @@ def read_counts(config: BuildConfig, items: Ref) -> Counts:
     """Return the counts that the stage of the items left.
 
     Raises:
-        UsageError: the embedding model does not tell its dimensions.
+        UnknownDimensionsError: the embedding model does not tell its dimensions.
     """
     reader = StageReader(items.path)
     summary = reader.summary
     split = summary["splits"][config.catalogue.train_split]
     dimensions = summary["dimensions"] or config.make_embedder().declared_dimensions
     if dimensions is None:
-        raise UsageError("expected a model whose config.json names its dimensions; set embedder.dimensions")
+        raise UnknownDimensionsError("expected a model whose config.json names its dimensions; set embedder.dimensions")
     with pq.ParquetFile(reader.path("items.parquet")) as file:
         some: list[Any] = next(file.iter_batches(ID_ROWS, columns=["item_id"])).column(0).to_pylist()
     return Counts(

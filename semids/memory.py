@@ -12,6 +12,7 @@ INTERVAL_S = 0.02
 """Between two looks at the process: arrays that count live longer, and a look takes 50 µs."""
 STATUS = Path("/proc/self/status")
 CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 class PeakMemory:
@@ -58,15 +59,17 @@ def available_bytes() -> int | None:
     """Return the memory that this process may still take, in bytes; None where the system does not tell.
 
     It is what the machine has left, or what the control groups (version 1 or 2) that the process is in leave of their
-    limits, whichever is least. Pages of files count as left: they are given back.
+    limits, whichever is least. Pages of files count as left: they are given back; shared memory is not.
     """
     available = _field(Path("/proc/meminfo"), "MemAvailable:")
     limits = [] if available is None else [available * 1024]
     for folder in _cgroups():
         most, used = (_number(folder, names) for names in (("memory.max", "memory.limit_in_bytes"), USAGE))
         if most is not None and used is not None:
-            pages = _field(folder / "memory.stat", "file") or _field(folder / "memory.stat", "total_cache") or 0
-            limits.append(max(0, most - used + pages))
+            statistics = folder / "memory.stat"
+            pages = _field(statistics, "file") or _field(statistics, "total_cache") or 0
+            shared = _field(statistics, "shmem") or _field(statistics, "total_shmem") or 0
+            limits.append(max(0, most - used + pages - shared))
     return min(limits, default=None)
 
 
@@ -76,12 +79,12 @@ USAGE = ("memory.current", "memory.usage_in_bytes")
 def _cgroups() -> list[Path]:
     """Return the folders of the control groups that limit this process, its own first."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     folders: list[Path] = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "memory" not in controllers.split(","):
             continue
         root = CGROUPS / "memory" if controllers else CGROUPS

@@ -10,20 +10,22 @@ from pathlib import Path
 
 from semids import runs, stage_work
 from semids.config import BuildConfig
-from semids.counts import read_counts
+from semids.counts import UnknownDimensionsError, read_counts
 from semids.errors import UsageError
 from semids.memory import available_bytes, held_bytes
 from semids.pipeline import Runner, check_counts
-from semids.reporting import plan_file
-from semids.stages import Ref, Stage, left_bytes, peek_stage
+from semids.reporting import plan_file, plan_name
+from semids.stages import Ref, Stage, left_bytes, made_titles, peek_stage
 from semids.store import commit_sealed_json
 from semids.text import UNKNOWN, format_bytes, format_seconds, plain_table
-from semids.work import Counts, Machine, Work
+from semids.work import MEASURED_BYTES, Counts, Machine, Work
 
 READ, IMPORT, EMBED = "Read the catalogue", "Import the vectors", "Embed the texts"
 PROCESS_BYTES, LIBRARY_BYTES = 145_000_000, 145_000_000
 """Memory of a process that has done nothing: its own, and that of the libraries that numbers need (PyTorch, FAISS),
 which are loaded where vectors are first used."""
+MARGIN = 1.2
+"""Memory is predicted that well: what exceeds the memory at hand by less may fit."""
 EMBEDDED_BYTES = 365_000_000
 """Memory that a process which has embedded texts does not give back."""
 
@@ -85,14 +87,20 @@ class Plan:
             done=not self.to_do,
         )
 
+    @property
+    def can_be_measured(self) -> bool:
+        """Whether there is room to measure how long the stages take."""
+        fits = self.available is None or MARGIN * self.available >= self.total.memory
+        return fits and self.free > MEASURED_BYTES
+
     def check(self) -> None:
         """Refuse a run that has no room.
 
         Raises:
-            UsageError: a stage needs more memory than is available, or all of them more disk than is free.
+            UsageError: a stage needs clearly more memory than is available, or all of them more disk than is free.
         """
         needs = max(self.to_do, key=lambda stage: stage.memory, default=self.total)
-        if self.available is not None and needs.memory > self.available:
+        if self.available is not None and needs.memory > MARGIN * self.available:
             raise UsageError(
                 f"expected a run that fits the memory, but '{needs.title}' needs {format_bytes(needs.memory)} of "
                 f"{format_bytes(self.available)} available; take a smaller shape or fewer dimensions, or a larger "
@@ -144,10 +152,13 @@ class Finished:
 
     Args:
         stages: references to whole stages, by title.
+        perhaps: titles of stages that may be whole, which is known once those before them are made: they are asked for
+            no disk until then.
         left: bytes of the first stage that is not whole.
     """
 
     stages: dict[str, Ref] = field(default_factory=dict[str, Ref])
+    perhaps: frozenset[str] = frozenset()
     left: int = 0
 
 
@@ -166,8 +177,9 @@ def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done:
     stages: list[StagePlan] = []
     for title, base, work in _works(config, counts, done.stages):
         finished = title in done.stages
+        disk = 0 if title in done.perhaps else work.disk
         seconds = machine.seconds(work) if machine is not None and not finished else None
-        stages.append(StagePlan(title, seconds, base + work.memory, work.gpu_memory, work.disk, finished))
+        stages.append(StagePlan(title, seconds, base + work.memory, work.gpu_memory, disk, finished))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     available = available_bytes()
     # What this process holds is in the predictions.
@@ -198,7 +210,10 @@ def _works(config: BuildConfig, counts: Counts, done: Mapping[str, Ref]) -> list
 
 
 def find_finished(config: BuildConfig) -> Finished:
-    """Return what earlier runs left of a configuration, as far as manifests tell."""
+    """Return what earlier runs left of a configuration, as far as manifests tell: up to the first that is not there.
+
+    Those after it may be there as well, which is known once it is made: a plan is of the most that can be to do.
+    """
     folder = Path(config.out)
     found = Finished()
     # To name a stage, the catalogue is digested: not where nothing can be found.
@@ -219,21 +234,23 @@ def find_finished(config: BuildConfig) -> Finished:
 
 
 def checking_runner(config: BuildConfig, run: Runner) -> Runner:
-    """Return a runner that refuses a run without room before its first stage after the catalogue's is made.
+    """Return a runner that refuses a run without room before a stage after the catalogue's is made.
+
+    Where nothing but the catalogue was read, that is before the first of them. A run whose dimensions are not known
+    before a model is loaded is not refused.
 
     Raises, when it is called:
         UsageError: as `Plan.check` does.
     """
     folder = Path(config.out)
     seen = Finished()
-    checked: list[str] = []
 
     def run_checked(stage: Stage) -> Ref:
-        # From the first stage that is not there on, all are to be done.
-        if READ in seen.stages and not checked and peek_stage(folder, stage) is None:
+        if READ in seen.stages and peek_stage(folder, stage) is None:
             seen.left = left_bytes(folder, stage)
-            plan_run(config, read_counts(config, seen.stages[READ]), None, seen).check()
-            checked.append(stage.title)
+            seen.perhaps = made_titles(folder) - {stage.title}
+            with contextlib.suppress(UnknownDimensionsError):
+                plan_run(config, read_counts(config, seen.stages[READ]), None, seen).check()
         seen.stages[stage.title] = run(stage)
         return seen.stages[stage.title]
 
@@ -244,5 +261,5 @@ def leave_plan(config: BuildConfig, plan: Plan) -> Path:
     """Keep a plan in the run folder, where the report of the run finds it; return its file."""
     path = plan_file(config)
     figures = asdict(plan) | {"counts": {**asdict(plan.counts), "texts": str(plan.counts.texts or "")}}
-    commit_sealed_json(path, {"config": config.model_dump(mode="json"), **figures})
+    commit_sealed_json(path, {"plan_of": plan_name(config), **figures})
     return path

@@ -63,9 +63,10 @@ class Report:
         catalogue: what came in, free-form JSON; shown are `items`, `quarantined`, `distinct_texts`,
             `distinct_products`, and `splits`: the same by split.
         timings: seconds by stage.
-        peak_rss_bytes: largest resident memory of any stage.
-        planned: by stage, free-form JSON, what a plan predicted and what was: `stage`, `predicted_seconds`, `seconds`,
-            `predicted_memory_bytes`, `peak_bytes`, `predicted_disk_bytes`, `written_bytes`; empty without a plan.
+        peak_rss_bytes: largest anonymous memory of the stages before the report.
+        planned: by stage before the report, free-form JSON, what a plan predicted and what was: `stage`,
+            `predicted_seconds`, `seconds`, `predicted_memory_bytes`, `peak_bytes`, `predicted_disk_bytes`,
+            `written_bytes`; empty without a plan.
         versions: of Python and the libraries.
         fingerprint: of the step that made the codes.
     """

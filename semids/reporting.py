@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from semids.arrays import Codes, format_shape
 from semids.config import QUANTIZERS, BuildConfig
 from semids.distortion import Distortion, NeighbourFigures, neighbour_figures
 from semids.encoding import read_codes
+from semids.errors import CorruptionError
 from semids.fingerprints import code_digest, method_code
 from semids.kmeans import sample_rows
 from semids.metrics import measure_ids
@@ -26,6 +28,8 @@ from semids.semantic_ids import read_code_columns
 from semids.stages import MANIFEST, Ref, Stage, StageOutput, StageReader, library_versions, reference
 from semids.store import read_sealed_json
 
+log = logging.getLogger("semids")
+
 MEASURED_ROWS = 1 << 14
 NEIGHBOUR_SAMPLE = 20_000
 NEIGHBOUR_QUERIES = 1_000
@@ -34,6 +38,12 @@ NEIGHBOUR_QUERIES = 1_000
 def plan_file(config: BuildConfig) -> Path:
     """Return where a run folder keeps what was predicted of a configuration; `semids.plan` writes it."""
     return Path(config.out) / "plans" / f"{config.label}.json"
+
+
+def plan_name(config: BuildConfig) -> dict[str, Any]:
+    """Return what a plan must be of to be shown: all of a configuration, however its paths are spelled."""
+    values = config.model_dump(mode="json", exclude={"out": True, "catalogue": {"path"}})
+    return {"catalogue_path": str(Path(config.catalogue.path).resolve()), **values}
 
 
 def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Stage:
@@ -110,8 +120,12 @@ def _compare_with_plan(config: BuildConfig, readers: Sequence[StageReader]) -> I
     path = plan_file(config)
     if not path.exists():
         return
-    plan = read_sealed_json(path)
-    if plan["config"] != config.model_dump(mode="json"):
+    try:
+        plan = read_sealed_json(path)
+    except CorruptionError:
+        log.warning("the plan %s is damaged; the report goes without it", path)
+        return
+    if plan.get("plan_of") != plan_name(config):
         return
     runs = {reader.manifest["title"]: reader.manifest for reader in readers}
     for stage in plan["stages"]:

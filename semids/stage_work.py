@@ -150,7 +150,7 @@ def embedding(config: CommonConfig, contents: Path) -> Probe:
 
     def prepare(folder: Path) -> Prepared:
         rows: int = pl.scan_parquet(contents, glob=False).select(pl.len()).collect().item()
-        step = max(1, rows // SAMPLE_TEXTS)
+        step = max(1, -(-rows // SAMPLE_TEXTS))
         texts = pl.scan_parquet(contents, glob=False).select("text").gather_every(step).collect()["text"].to_list()
         embedder = config.make_embedder()
         embedder.load()

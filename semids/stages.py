@@ -214,6 +214,12 @@ def peek_stage(folder: Path, stage: Stage) -> Ref | None:
     return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])
 
 
+def made_titles(folder: Path) -> frozenset[str]:
+    """Return the titles of all stages under `folder` that are whole, of whatever configuration."""
+    manifests = (read_manifest(target) for target in folder.glob("stages/*"))
+    return frozenset(manifest["title"] for manifest in manifests if manifest is not None)
+
+
 def left_bytes(folder: Path, stage: Stage) -> int:
     """Return the size of what an interrupted run left of a stage."""
     return sum(path.stat().st_size for path in _folder_of(folder, stage).glob("*") if path.is_file())

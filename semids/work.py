@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -13,6 +14,9 @@ from typing import Any
 ENOUGH_S = 0.25
 """A measurement is repeated until it has taken this long, and the median counts."""
 MOST_REPETITIONS = 5
+TEMPORARY = ".tmp-plan-"
+MEASURED_BYTES = 1 << 30
+"""Memory and disk that measuring takes at most."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,10 @@ class Machine:
     """How long units of work take here; each kind is measured when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Measure with temporary files in `folder`, which exists."""
+        """Measure with temporary files in `folder`, which exists and no other process measures in."""
         self._folder = folder
+        for left in folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
         self._rates: dict[Probe, float] = {}
 
     def seconds(self, work: Work) -> float:
@@ -112,7 +118,7 @@ class Machine:
         return self._rates[probe]
 
     def _measure(self, probe: Probe) -> float:
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".tmp-plan-") as folder:
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=TEMPORARY) as folder:
             run, units = probe.prepare(Path(folder))
             # The first time, libraries are imported and memory is touched.
             taken = [_time(run)]

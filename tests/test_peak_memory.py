@@ -10,9 +10,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from semids import memory
 from semids.memory import PeakMemory, available_bytes, held_bytes
 
 MIB = 1 << 20
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_group_leaves_what_its_limit_does(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1 GiB, 512 MiB are used: 300 MiB of them pages of files, of which 100 MiB are shared memory and stay."""
+    group = tmp_path / ("memory/job" if version == 1 else "job")
+    group.mkdir(parents=True)
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    for name, number in zip(names, (1024 * MIB, 512 * MIB), strict=True):
+        (group / name).write_text(f"{number}\n")
+    pages, shared = ("total_cache", "total_shmem") if version == 1 else ("file", "shmem")
+    (group / "memory.stat").write_text(f"{pages} {300 * MIB}\n{shared} {100 * MIB}\n")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    own = "4:memory:/job\n3:cpu:/job\n\n" if version == 1 else "0::/job\n"
+    (tmp_path / "cgroup").write_text(own)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "cgroup")
+    assert available_bytes() == 712 * MIB
 
 
 def test_the_peak_of_a_stage_is_its_own(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from semids import runs
 from semids.cli import main
 from semids.config import BuildConfig
 from semids.counts import count_catalogue, suppose_vectors
+from semids.embedders.transformer import TransformerEmbedder
 from semids.errors import UsageError
 from semids.memory import available_bytes
-from semids.plan import Finished, Plan, find_finished, plan_run
+from semids.plan import Finished, Plan, checking_runner, find_finished, plan_run
 from semids.progress import silent
 from semids.stages import StageReader, reference
 
@@ -109,6 +112,66 @@ def test_a_shape_larger_than_the_training_rows_is_refused(tmp_path: Path, capsys
     arguments = ["plan", "--rows", "100", "--dimensions", "8", "--shape", "128x4", "--out", str(tmp_path / "run")]
     assert main(arguments) == 64
     assert "got 100 items for 128 codewords" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("numbers", [["--rows", "0"], ["--rows", "9", "--dimensions", "0"]])
+def test_numbers_below_one_are_refused(tmp_path: Path, numbers: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "x.npy", *numbers, "--out", str(tmp_path / "run")]) == 64
+    assert "of at least 1" in capsys.readouterr().err
+
+
+def test_few_of_a_catalogue_of_equal_texts_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.build_bert(tmp_path / "model")
+    lines = [json.dumps({"item_id": f"i{row}", "text": f"one of {row % 6}"}) for row in range(400)]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    options: dict[str, Any] = {"split_column": None, "brand_column": None, "category_column": None}
+    arguments = tokenize_arguments(tmp_path / "items.jsonl", model, tmp_path / "run", text_column="text", **options)[1:]
+    assert main(["plan", *arguments, "--rows", "20", "--shape", "2x2", "--mapping", "capacity"]) == 0
+    assert "20 items, 1 contents, supposed" in capsys.readouterr().out
+    assert main(["plan", *arguments, "--rows", "20", "--dimensions", "9"]) == 64
+    assert "got one of texts" in capsys.readouterr().err
+
+
+def test_a_damaged_plan_is_not_shown_and_stops_nothing(vectors_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = vectors_file.parent / "run"
+    arguments = [str(vectors_file), "--shape", "8x6x4", "--out", str(out)]
+    assert main(["plan", *arguments]) == 0
+    (plan,) = (out / "plans").iterdir()
+    plan.write_bytes(plan.read_bytes().replace(b'"items"', b'"itemz"'))
+    assert main(["tokenize", *arguments]) == 0
+    assert "is damaged; the report goes without it" in caplog.text
+    (report,) = out.glob("results/*/*/report.json")
+    assert json.loads(report.read_text())["planned"] == []
+
+
+def test_disk_is_not_asked_for_what_may_be_there_after_a_lost_stage(
+    vectors_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(vectors_file)
+    run = runs.local_runner(Path(config.out), silent)
+    runs.build(config, run)
+    (codes,) = Path(config.out).glob("stages/codes-*")
+    written = sum(path.stat().st_size for path in codes.iterdir())
+    shutil.rmtree(codes)
+    usage = shutil.disk_usage(config.out)._replace(free=2 * written)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert find_finished(config).stages.keys().isdisjoint({"Encode the vectors", "Write the semantic IDs"})
+    runs.build(config, checking_runner(config, run))
+    shutil.rmtree(codes)
+    usage = usage._replace(free=written // 2)
+    with pytest.raises(UsageError, match="fits the disk"):
+        runs.build(config, checking_runner(config, run))
+
+
+def test_a_model_that_does_not_name_its_dimensions_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_models.build_bert(tmp_path / "model")
+    arguments = tokenize_arguments(write_catalogue(tmp_path / "items.jsonl"), model, tmp_path / "run")
+    monkeypatch.setattr(TransformerEmbedder, "declared_dimensions", None)
+    assert main(["plan", *arguments[1:]]) == 64
+    assert "names its dimensions" in capsys.readouterr().err
+    assert main(arguments) == 0
 
 
 def test_dimensions_without_rows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,14 +95,16 @@ class Checkpoint:
     @property
     def hidden_size(self) -> int | None:
         """Width of the model's vectors, as config.json names it; None where it names none."""
-        config = self.config.get("text_config") or self.config
-        return config.get("hidden_size")
+        return self._width("hidden_size", "dim", "d_model", "n_embd")
 
     @property
     def intermediate_size(self) -> int | None:
         """Width of the states within a layer, as config.json names it; None where it names none."""
+        return self._width("intermediate_size", "hidden_dim", "d_ff", "n_inner")
+
+    def _width(self, *names: str) -> int | None:
         config = self.config.get("text_config") or self.config
-        return config.get("intermediate_size")
+        return next((config[name] for name in names if config.get(name)), None)
 
     @property
     def weight_bytes(self) -> int:
