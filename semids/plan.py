@@ -123,13 +123,14 @@ class Plan:
         )
 
     def verdict(self) -> str:
-        """Return in a sentence what a run that fits needs."""
+        """Return in a sentence what a run that is not refused needs."""
         total = self.total
         if total.done:
             return "nothing to do: every stage is there"
         of = "" if self.available is None else f" of {format_bytes(self.available)} available"
+        fits = "fits" if self.available is None or total.memory <= self.available else "may fit"
         return (
-            f"fits: needs {format_bytes(total.memory)}{of}, {format_seconds(total.seconds)}, "
+            f"{fits}: needs {format_bytes(total.memory)}{of}, {format_seconds(total.seconds)}, "
             f"{format_bytes(total.disk)} disk of {format_bytes(self.free)} free"
         )
 
