@@ -131,15 +131,20 @@ def _compare_with_plan(config: BuildConfig, readers: Sequence[StageReader]) -> I
     for stage in plan["stages"]:
         manifest = runs.get(stage["title"])
         if manifest is not None:
-            yield {
-                "stage": stage["title"],
-                "predicted_seconds": stage["seconds"],
-                "seconds": manifest["run"]["seconds"],
-                "predicted_memory_bytes": stage["memory"],
-                "peak_bytes": manifest["run"]["peak_rss_bytes"],
-                "predicted_disk_bytes": stage["disk"],
-                "written_bytes": sum(record["bytes"] for record in manifest["files"].values()),
-            }
+            yield compare_stage(stage, manifest)
+
+
+def compare_stage(planned: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a plan predicted of a stage beside what its manifest says that it took: seconds and bytes."""
+    return {
+        "stage": planned["title"],
+        "predicted_seconds": planned["seconds"],
+        "seconds": manifest["run"]["seconds"],
+        "predicted_memory_bytes": planned["memory"],
+        "peak_bytes": manifest["run"]["peak_rss_bytes"],
+        "predicted_disk_bytes": planned["disk"],
+        "written_bytes": sum(record["bytes"] for record in manifest["files"].values()),
+    }
 
 
 def _training_steps(model: Ref) -> list[Ref]:

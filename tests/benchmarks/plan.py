@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from semids.reporting import compare_stage
 from semids.store import read_sealed_json
 from semids.text import plain_table
 from tests.benchmarks.measure import FOLDER, circumstances
@@ -52,19 +53,7 @@ def compare(name: str, arguments: Sequence[object], out: Path) -> list[dict[str,
     for stage in read_sealed_json(plan_file)["stages"]:
         if stage["seconds"] is None:
             continue
-        manifest = took[stage["title"]]
-        stages.append(
-            {
-                "case": name,
-                "stage": stage["title"],
-                "predicted_seconds": stage["seconds"],
-                "seconds": manifest["run"]["seconds"],
-                "predicted_memory_bytes": stage["memory"],
-                "peak_bytes": manifest["run"]["peak_rss_bytes"],
-                "predicted_disk_bytes": stage["disk"],
-                "written_bytes": sum(record["bytes"] for record in manifest["files"].values()),
-            }
-        )
+        stages.append({"case": name, **compare_stage(stage, took[stage["title"]])})
     return stages
 
 
