@@ -39,7 +39,8 @@ class TrainingStep:
         parameters: everything besides the vectors and the needed steps that decides the outcome, as JSON.
         run: carries the step out, as `run(quantizer, step, data, needed, progress)`; see `Quantizer.run_step`. Its
             code is part of the step's fingerprint, so it should reach no other step's code.
-        work: what it asks of a machine: time, memory, and disk for its tensors.
+        work: what it asks of a machine: time, memory, and disk for its tensors. Steps that differ in it alone are
+            equal.
         needs: names of earlier steps whose tensors this one starts from.
     """
 
@@ -47,7 +48,7 @@ class TrainingStep:
     title: str
     parameters: Mapping[str, Any]
     run: Callable[[Any, TrainingStep, TrainingData, Mapping[str, Tensors], Progress], StepOutcome]
-    work: Callable[[Counts], Work]
+    work: Callable[[Counts], Work] = field(compare=False)
     needs: tuple[str, ...] = ()
 
 
