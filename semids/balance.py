@@ -243,7 +243,7 @@ def _dual(
     codewords = costs.shape[1]
     # float64 sums: a share is compared with 1/K to four digits.
     shares = np.zeros(codewords)
-    overlaps = np.zeros((codewords, codewords))
+    overlaps = np.zeros((codewords, codewords) if curvature else (0, 0))
     soft_minima = 0.0
     scaled = (values / epsilon).astype(np.float32)
     inverse = np.float32(1 / epsilon)

@@ -17,7 +17,7 @@ from semids.pipeline import Runner, check_counts
 from semids.reporting import plan_file, plan_name
 from semids.stages import Ref, Stage, left_bytes, made_titles, peek_stage
 from semids.store import commit_sealed_json
-from semids.text import UNKNOWN, format_bytes, format_seconds, plain_table
+from semids.text import format_bytes, format_seconds, plain_table
 from semids.work import MEASURED_BYTES, Counts, Machine, Work
 
 READ, IMPORT, EMBED = "Read the catalogue", "Import the vectors", "Embed the texts"
@@ -38,7 +38,6 @@ class StagePlan:
         title: of the stage, as manifests and reports have it.
         seconds: None where nothing was measured.
         memory: most bytes that the process holds meanwhile.
-        gpu_memory: most bytes on an accelerator.
         disk: bytes that it leaves.
         done: an earlier run left it; it takes nothing.
     """
@@ -46,7 +45,6 @@ class StagePlan:
     title: str
     seconds: float | None
     memory: int
-    gpu_memory: int
     disk: int
     done: bool
 
@@ -82,7 +80,6 @@ class Plan:
             title="all stages to be done",
             seconds=None if None in times else sum(time or 0 for time in times),
             memory=max((stage.memory for stage in self.to_do), default=0),
-            gpu_memory=max((stage.gpu_memory for stage in self.to_do), default=0),
             disk=max(0, sum(stage.disk for stage in self.to_do) - self.left),
             done=not self.to_do,
         )
@@ -119,7 +116,7 @@ class Plan:
         known = "" if counts.exact else ", supposed"
         return (
             f"{counts.items:,} items, {counts.contents:,} contents{known}, {counts.dimensions:,} dimensions\n\n"
-            f"{plain_table(['stage', 'time', 'memory', 'GPU memory', 'disk'], rows, left=[0])}"
+            f"{plain_table(['stage', 'time', 'memory', 'disk'], rows, left=[0])}"
         )
 
     def verdict(self) -> str:
@@ -137,12 +134,11 @@ class Plan:
 
 def _row(stage: StagePlan) -> list[str]:
     if stage.done:
-        return [stage.title, "done", "", "", ""]
+        return [stage.title, "done", "", ""]
     return [
         stage.title,
         format_seconds(stage.seconds),
         format_bytes(stage.memory),
-        format_bytes(stage.gpu_memory) if stage.gpu_memory else UNKNOWN,
         format_bytes(stage.disk),
     ]
 
@@ -180,7 +176,7 @@ def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done:
         finished = title in done.stages
         disk = 0 if title in done.perhaps else work.disk
         seconds = machine.seconds(work) if machine is not None and not finished else None
-        stages.append(StagePlan(title, seconds, base + work.memory, work.gpu_memory, disk, finished))
+        stages.append(StagePlan(title, seconds, base + work.memory, disk, finished))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     available = available_bytes()
     # What this process holds is in the predictions.

@@ -90,7 +90,7 @@ def encode_work(config: BuildConfig, counts: Counts, encoding: Work) -> Work:
     levels, itemsize = len(config.sizes), code_dtype(config.sizes).itemsize
     disk = sum(_array_bytes(counts, counts.contents * levels * width) for width in (itemsize, 4))
     units = {**encoding.units, reading(counts): counts.vector_bytes, writing(): disk}
-    return Work(units, encoding.memory + counts.contents * (levels * itemsize + 1), disk, encoding.gpu_memory)
+    return Work(units, encoding.memory + counts.contents * (levels * itemsize + 1), disk)
 
 
 def assign_work(config: BuildConfig, counts: Counts) -> Work:

@@ -77,13 +77,11 @@ class Work:
         units: how much of each kind of work.
         memory: the most bytes it holds at a time, beyond what a process has that has done nothing yet.
         disk: bytes it leaves in the run folder.
-        gpu_memory: the most bytes it holds on an accelerator.
     """
 
     units: Mapping[Probe, float] = field(default_factory=dict[Probe, float])
     memory: int = 0
     disk: int = 0
-    gpu_memory: int = 0
 
     def __add__(self, other: Work) -> Work:
         """Return both, one after the other."""
@@ -94,7 +92,6 @@ class Work:
             units,
             max(self.memory, other.memory),
             self.disk + other.disk,
-            max(self.gpu_memory, other.gpu_memory),
         )
 
 
