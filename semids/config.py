@@ -115,6 +115,13 @@ class CommonConfig(Settings):
         return EMBEDDERS[getattr(self.embedder, "kind")](self.embedder)  # noqa: B009
 
 
+def _check_settings(config: CommonConfig, quantizer: str, shape: str) -> None:
+    try:
+        QUANTIZERS[quantizer].check_settings(parse_shape(shape), getattr(config.options, quantizer))
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
 class BuildConfig(CommonConfig):
     """One configuration: a catalogue, a model, a shape, a mapping, a quantizer."""
 
@@ -133,6 +140,7 @@ class BuildConfig(CommonConfig):
             raise ValueError(f"{self.quantizer} offers the mappings {', '.join(mappings)}, got {self.mapping!r}")
         if self.mapping == "capacity" and capacity_of(self.sizes) >= MOST_IDS:
             raise ValueError(f"the mapping capacity numbers IDs with 63 bits: {self.shape} has too many")
+        _check_settings(self, self.quantizer, self.shape)
         return self
 
     @property
@@ -183,6 +191,13 @@ class SweepConfig(CommonConfig):
     bounds allow."""
     quantizers: list[QuantizerName] = Field(default=["residual_kmeans"], min_length=1)
     """How codebooks are made."""
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> SweepConfig:
+        for quantizer in self.quantizers:
+            for shape in self.shapes:
+                _check_settings(self, quantizer, shape)
+        return self
 
     @property
     def label(self) -> str:

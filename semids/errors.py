@@ -39,6 +39,12 @@ class StorageError(SemidsError):
     exit_code = 74
 
 
+class ProcessError(SemidsError):
+    """A process that a step was shared with died. Retried: what it had saved is kept."""
+
+    exit_code = 71
+
+
 class BusyError(SemidsError):
     """Another process owns the run folder."""
 

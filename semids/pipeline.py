@@ -177,7 +177,9 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
             **needed,
         },
         parameters={"quantizer": config.quantizer, "step": step.name, **step.parameters},
-        code=code_digest(_train, *method_code(QUANTIZERS[config.quantizer], step.run)),
+        code={"version": step.version}
+        if step.version
+        else code_digest(_train, *method_code(QUANTIZERS[config.quantizer], step.run)),
     )
 
 
@@ -185,10 +187,15 @@ def _train(
     config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep, needed: dict[str, Ref], output: StageOutput
 ) -> dict[str, Any]:
     training = multiplicities(items)[config.catalogue.train_split]
-    data = TrainingData(StageReader(vectors.path).array("vectors"), np.flatnonzero(training))
+    space = StageReader(needed[step.space].path if step.space else vectors.path).array("vectors")
+    data = TrainingData(space, np.flatnonzero(training), output.kept("training"))
     tensors = {name: read_tensors(ref) for name, ref in needed.items()}
     outcome = config.make_quantizer(count_contents(items)).run_step(step, data, tensors, output.progress)
     output.commit("tensors.safetensors", lambda path: save_file(outcome.tensors, path))
+    if outcome.encoder is not None:
+        encoder, rows = outcome.encoder, space.layout.shard_rows
+        layout = ShardLayout(space.layout.rows, encoder.dimensions[1], "float32", rows)
+        output.write_shards("vectors", layout, lambda start, stop: encoder.apply(space.shard(start // rows)))
     return outcome.evidence
 
 

@@ -140,6 +140,14 @@ class ShardedArray:
         """(rows, columns)."""
         return self.layout.rows, self.layout.columns
 
+    def path(self, shard: int) -> Path:
+        """Return the path of a shard's file, whose digest is right.
+
+        Raises:
+            CorruptionError: the file is not the array that was committed.
+        """
+        return self._shard_path(shard)
+
     def shard(self, shard: int) -> NDArray[Any]:
         """Return a shard's rows, memory-mapped read-only.
 

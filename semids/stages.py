@@ -32,6 +32,7 @@ from semids.store import (
 )
 
 MANIFEST = "manifest.json"
+KEPT_PREFIX = ".kept-"
 LIBRARIES = ("faiss-cpu", "faiss-gpu", "numpy", "polars", "pyarrow", "semids", "torch", "transformers")
 
 log = logging.getLogger("semids")
@@ -125,6 +126,10 @@ class StageOutput:
     def scratch(self, name: str) -> Path:
         """Return a path for intermediate data; nothing under it outlives the stage."""
         return self.folder / f"{TEMPORARY_PREFIX}{name}"
+
+    def kept(self, name: str) -> Path:
+        """Return a folder, not made yet, for what a killed run goes on from; it is removed when the stage is done."""
+        return self.folder / f"{KEPT_PREFIX}{name}"
 
 
 class StageReader:
@@ -237,12 +242,12 @@ def stranger_message(target: Path) -> str:
 def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     check_origin(target, stage.fingerprint, stage.origin)
     (target / MANIFEST).unlink(missing_ok=True)
-    _remove_temporaries(target)
+    _remove_folders(target, TEMPORARY_PREFIX)
     started = time.monotonic()
     output = StageOutput(target, stage.fingerprint, progress, stage.origin)
     with PeakMemory() as peak:
         summary = stage.build(output)
-    _remove_temporaries(target)
+    _remove_folders(target, TEMPORARY_PREFIX)
     seconds = time.monotonic() - started
     outputs = {
         "files": {name: vars(record) for name, record in sorted(output.files.items())},
@@ -264,6 +269,8 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
         },
     }
     commit_sealed_json(target / MANIFEST, manifest)
+    # Not before: without the manifest, the stage would begin anew.
+    _remove_folders(target, KEPT_PREFIX)
     log.info("%s: made %s in %.1f s", stage.title, target.name, seconds)
     return manifest
 
@@ -301,13 +308,14 @@ def _check_files(target: Path, manifest: dict[str, Any]) -> None:
 def _warn_of_strangers(target: Path, manifest: dict[str, Any]) -> None:
     sidecars = {str(Path(name).with_suffix(".json")) for name in manifest["files"] if name.endswith(".npy")}
     known = {MANIFEST, *manifest["files"], *sidecars}
-    strangers = sorted(path.name for path in target.iterdir() if path.name not in known)
+    names = sorted(path.name for path in target.iterdir())
+    strangers = [name for name in names if name not in known and not name.startswith(KEPT_PREFIX)]
     if strangers:
         log.warning("%s: ignored files that the stage did not write: %s", target, ", ".join(strangers[:5]))
 
 
-def _remove_temporaries(target: Path) -> None:
-    for path in target.glob(f"{TEMPORARY_PREFIX}*"):
+def _remove_folders(target: Path, prefix: str) -> None:
+    for path in target.glob(f"{prefix}*"):
         if path.is_dir():
             shutil.rmtree(path)
         else:

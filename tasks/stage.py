@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 
-from semids.errors import SemidsError, StorageError
+from semids.errors import ProcessError, SemidsError, StorageError
 from semids.stages import Ref, Stage, run_stage
 from semids.store import digest_json
 
@@ -41,10 +41,10 @@ class StageFingerprint(CachePolicy):
 
 
 def is_worth_retrying(task: Any, task_run: Any, state: State[Any]) -> bool:
-    """Return True for errors of the file system, which pass; bad data and bad parameters never do."""
+    """Return True for errors of the file system and of processes, which pass; bad data and parameters never do."""
     error = state.result(raise_on_failure=False)
     if isinstance(error, SemidsError):
-        return isinstance(error, StorageError)
+        return isinstance(error, StorageError | ProcessError)
     return isinstance(error, OSError)
 
 

@@ -120,7 +120,7 @@ print(json.dumps(sweep.parameters.model_dump()))
     schema = json.loads(run_python(code, extended).splitlines()[-1])
     definitions = schema["definitions"]
     offered = definitions["SweepConfig"]["properties"]["quantizers"]["items"]["enum"]
-    assert offered == ["hasty", "residual_kmeans"]
+    assert offered == ["hasty", "residual_kmeans", "rqvae"]
     assert "patience" in definitions["HastySettings"]["properties"]
     assert "hasty" in definitions["QuantizerOptions"]["properties"]
 

@@ -276,7 +276,7 @@ LIBRARY_CHANGES: list[tuple[str, dict[str, Callable[[ast.Module], None]], set[st
     ("balancing, to the same effect", {"balance.py": lambda tree: add_statement(tree, "fit_potentials")}, UNIFORM),
     (
         "balancing, to another effect",
-        {"quantizers/residual_kmeans.py": lambda tree: set_constant(tree, "REFIT_STEPS", 1)},
+        {"quantizers/_uniform.py": lambda tree: set_constant(tree, "REFIT_STEPS", 1)},
         {*UNIFORM, *LAST},
     ),
     (
@@ -306,8 +306,8 @@ from semids.quantizers.residual_kmeans import ResidualKMeans
 class Child(ResidualKMeans):
     name = "child"
 
-    def _sample_residuals(self, *given):
-        return super()._sample_residuals(*given)
+    def _fit_codebook(self, *given):
+        return super()._fit_codebook(*given)
 
     @staticmethod
     def unused():
@@ -322,20 +322,20 @@ def test_a_helper_that_an_inheriting_quantizer_overrides_is_part_of_its_steps(pr
     before = project.stages()
     run_copy(project, {}, added=child, quantizer="child")
     assert project.stages() == before
-    edit = {"quantizers/child.py": lambda tree: add_statement(tree, "_sample_residuals")}
+    edit = {"quantizers/child.py": lambda tree: add_statement(tree, "_fit_codebook")}
     run_copy(project, edit, added=child, quantizer="child")
     # The report names the class only to decode; what was trained to the same effect leaves the same model behind it.
-    assert project.made_since(before) == {*CODEBOOKS, *UNIFORM, "model", "codes", "report"}
+    assert project.made_since(before) == {*CODEBOOKS, "model", "codes", "report"}
 
 
 def give_value(value: int) -> Callable[[ast.Module], None]:
-    """Let the class have a value that its way of balancing reads."""
+    """Let the class have a value that its way of fitting a codebook reads."""
 
     def edit(tree: ast.Module) -> None:
         (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ResidualKMeans"]
         found.body.insert(0, ast.parse(f"spare = {value}").body[0])
         for function in (node for node in found.body if isinstance(node, ast.FunctionDef)):
-            if function.name == "_balance_codebook":
+            if function.name == "_fit_codebook":
                 function.body.insert(0, ast.parse("_unused = self.spare").body[0])
 
     return edit
@@ -346,7 +346,7 @@ def test_a_value_of_a_class_is_part_of_the_steps_that_read_it(project: Project) 
     run_copy(project, {"quantizers/residual_kmeans.py": give_value(1)})
     before = project.stages()
     run_copy(project, {"quantizers/residual_kmeans.py": give_value(2)})
-    assert project.made_since(before) == UNIFORM
+    assert project.made_since(before) == CODEBOOKS
 
 
 def test_new_items_are_encoded_by_a_model_trained_on_adopted_vectors(project: Project) -> None:

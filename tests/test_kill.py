@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_ids_and_keeps_what_was_finished(
 ) -> None:
     """Guards: the temporary file and the rename in `store.commit` (without them, a killed write leaves half a file
     under the final name), the sidecar last in `shards.write_shards`, the manifest last in `stages._make`, and
-    `stages._remove_temporaries`.
+    `stages._remove_folders`.
     """
     for number, kill in chosen_points(undisturbed)[chunk::CHUNKS]:
         where = f"{kill} {undisturbed.events[number]}"
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_to_the_same_ids_and_keeps_what_was_finished(
 def test_a_run_killed_again_and_again_ends_with_the_same_ids(
     undisturbed: Undisturbed, warm_parent: WarmParent, tmp_path: Path
 ) -> None:
-    """Guard: `stages._remove_temporaries`, and that each re-run keeps what the ones before it finished."""
+    """Guard: `stages._remove_folders`, and that each re-run keeps what the ones before it finished."""
     arguments = tokenize_arguments(undisturbed.catalogue, warm_parent.model, tmp_path / "run", mapping="capacity")
     kills = 0
     while (outcome := warm_parent.run(arguments, kill_at=23, kill=("before", "after")[kills % 2])).code == KILLED:

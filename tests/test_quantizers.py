@@ -31,10 +31,15 @@ def train(member: type[Quantizer], mapping: Any, array: ShardedArray, rows: np.n
     bounds = resolve_bounds(array.layout.rows, capacity_of(sizes), least="auto", most="auto")
     quantizer = member(sizes, mapping, member.settings_type(), seed=5, bounds=bounds)
     outcomes: dict[str, Any] = {}
+    spaces = {"": array}
     evidence = []
     for step in quantizer.training_steps():
         needed = {name: outcomes[name] for name in step.needs}
-        outcome = quantizer.run_step(step, TrainingData(array, rows), needed, silent)
+        outcome = quantizer.run_step(step, TrainingData(spaces[step.space], rows), needed, silent)
+        if outcome.encoder is not None:
+            folder = array.path(0).parent / f"space-{len(list(array.path(0).parent.iterdir()))}"
+            folder.mkdir()
+            spaces[step.name] = InMemory(outcome.encoder.apply(array.shard(0)), folder)
         outcomes[step.name] = outcome.tensors
         evidence.append(outcome.evidence)
     return quantizer.assemble(outcomes), evidence, quantizer.given_codes(outcomes)

@@ -23,6 +23,7 @@ from semids.prefixes import (
     refit_last,
 )
 from semids.progress import Progress
+from semids.quantizers._codebooks import read_prices, start_codebook
 from semids.quantizers._work import bounded_work, placed_work, settled_work
 from semids.quantizers.base import StepOutcome, Tensors, TrainingData, TrainingStep
 from semids.residual import PriceTable, prefix_numbers
@@ -46,7 +47,7 @@ def bounded_steps(sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks:
     So the last codebook is fitted again, to whole prefixes, before the last level is placed.
 
     Args:
-        codebooks: the names of the steps whose codebooks are the start, one a level.
+        codebooks: the names of the steps whose codebooks are the start, one a level, or the one that has all.
     """
     common = {"least": bounds.least, "most": bounds.most}
     steps = [
@@ -101,14 +102,6 @@ def bounded_tensors(outcomes: Mapping[str, Tensors]) -> Tensors:
     return tensors
 
 
-def read_prices(tensors: Tensors) -> tuple[PriceTable, ...]:
-    """Return the tables of prices among a model's tensors, one a level, or none."""
-    levels = len([name for name in tensors if name.startswith("prices_")])
-    return tuple(
-        PriceTable(tensors[f"price_prefixes_{level}"], tensors[f"prices_{level}"]) for level in range(1, levels + 1)
-    )
-
-
 def _fit_codebooks(
     quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
 ) -> StepOutcome:
@@ -118,7 +111,9 @@ def _fit_codebooks(
     sample = _take_float32(data, sample_rows(len(data.rows), budget, seed=seed))
     coarse = sample[sample_rows(len(sample), budget // COARSE, seed=seed)]
     bounds, contents = _bounds(step), data.vectors.layout.rows
-    books = tuple(needed[name]["codebook"] for name in step.needs)
+    levels = range(1, len(step.parameters["sizes"]) + 1)
+    starts = [needed[step.needs[0 if len(step.needs) == 1 else level - 1]] for level in levels]
+    books = tuple(start_codebook(tensors, level) for level, tensors in zip(levels, starts, strict=True))
     prices: tuple[PriceTable, ...] | None = None
     # As many codewords as rows fit them exactly by least squares, as sums that greedy encoding does not find again.
     determined = sum(step.parameters["sizes"]) < len(sample)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, Vectors
 from semids.capacity import Bounds
 from semids.families import discover_members
+from semids.network import Network
 from semids.prefixes import Take
 from semids.progress import Progress
 from semids.settings import Settings
@@ -42,6 +44,9 @@ class TrainingStep:
         work: what it asks of a machine: time, memory, and disk for its tensors. Steps that differ in it alone are
             equal.
         needs: names of earlier steps whose tensors this one starts from.
+        space: the one of them whose space this step works in: it gets the vectors there. Empty is that of the contents.
+        version: stands for the code, where a changed line must not cost hours: to be raised when the outcome changes.
+            0 takes the code itself.
     """
 
     name: str
@@ -50,14 +55,23 @@ class TrainingStep:
     run: Callable[[Any, TrainingStep, TrainingData, Mapping[str, Tensors], Progress], StepOutcome]
     work: Callable[[Counts], Work] = field(compare=False)
     needs: tuple[str, ...] = ()
+    space: str = ""
+    version: int = 0
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a training step leaves: tensors, and JSON evidence of how it went (convergence, dead codes, error)."""
+    """What a training step leaves.
+
+    Args:
+        tensors: named arrays.
+        evidence: how it went (convergence, dead codes, error), as JSON.
+        encoder: maps the contents' vectors into a space that later steps work in; all of them are written there.
+    """
 
     tensors: Tensors
     evidence: dict[str, Any] = field(default_factory=dict[str, Any])
+    encoder: Network | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +81,12 @@ class TrainingData:
     Args:
         vectors: all distinct contents, (D, d).
         rows: (n,) int64, sorted: the contents of the training split.
+        folder: where a step may keep what a killed run goes on from; removed once the step is done. None: nowhere.
     """
 
     vectors: ShardedArray
     rows: NDArray[np.int64]
+    folder: Path | None = None
 
 
 class FrozenQuantizer(ABC):
@@ -119,12 +135,26 @@ class Quantizer(ABC):
     def __init__(
         self, sizes: Sequence[int], mapping: MappingName, settings: Any, *, seed: int, bounds: Bounds | None = None
     ) -> None:
-        """Keep the parameters; `settings` is of the member's `settings_type`, `bounds` of the mapping capacity."""
+        """Keep the parameters; `settings` is of the member's `settings_type`, `bounds` of the mapping capacity.
+
+        Raises:
+            UsageError: as `check_settings` does.
+        """
+        self.check_settings(sizes, settings)
         self.sizes = tuple(sizes)
         self.mapping: MappingName = mapping
         self.settings = settings
         self.seed = seed
         self.bounds = bounds
+
+    @classmethod
+    def check_settings(cls, sizes: Sequence[int], settings: Any) -> None:
+        """Refuse settings that do not fit a shape, which here is none.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        return
 
     @abstractmethod
     def training_steps(self) -> list[TrainingStep]:

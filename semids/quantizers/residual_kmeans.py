@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from semids.arrays import Codes
-from semids.balance import COARSE_TOLERANCE, TOLERANCE, Potentials, fit_potentials, standard_deviation
 from semids.free_ids import find_free_ids
-from semids.kmeans import fit_codebook, sample_rows, training_budget
-from semids.prefixes import Take, refit_jointly
+from semids.kmeans import fit_codebook
+from semids.prefixes import Take
 from semids.progress import Progress
-from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors, read_prices
-from semids.quantizers._work import codebook_bytes, codebook_work, encoding_work, uniform_work
+from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors
+from semids.quantizers._codebooks import level_tensors, read_codebooks
+from semids.quantizers._uniform import sample_residuals, uniform_steps
+from semids.quantizers._work import codebook_bytes, codebook_work, encoding_work
 from semids.quantizers.base import (
     FrozenQuantizer,
     MappingName,
@@ -28,23 +28,8 @@ from semids.quantizers.base import (
     TrainingData,
     TrainingStep,
 )
-from semids.residual import PriceTable, ResidualCodebooks
+from semids.residual import ResidualCodebooks
 from semids.work import Counts, Work
-
-REFIT_STEPS = 6
-"""Lloyd steps under the uniform assignment: on real product vectors none costs 13 % of error, 4 leave 1.2 %
-above the nearest mapping, 12 leave 0.7 %."""
-COARSE_STEPS = 4
-"""How many of these see a part of the rows alone."""
-COARSE = 4
-"""All rows over those of that part."""
-RELATIVE_EPSILON = 0.01
-"""Smoothing of the uniform mapping over the standard deviation of its costs."""
-MAX_ITERATIONS = 60
-COARSE_ROWS_PER_CODEWORD = 256
-"""Rows that potentials are fitted on while the codebook still moves."""
-COST_BYTES = 1 << 30
-"""Largest cost matrix that potentials are fitted on; it bounds their sample at large codebooks."""
 
 
 class ResidualKMeansSettings(QuantizerSettings):
@@ -93,59 +78,19 @@ class ResidualKMeans(Quantizer):
                     needs=tuple(f"codebook-{before}" for before in range(1, level)),
                 )
             )
+        codebooks = [step.name for step in steps]
         if self.mapping == "uniform":
-            for level, size in enumerate(self.sizes, start=1):
-                steps.append(
-                    TrainingStep(
-                        name=f"uniform-{level}",
-                        title=f"Balance level {level} ({size} codewords)",
-                        parameters={"size": size, "seed": self.seed},
-                        run=type(self)._balance_codebook,
-                        work=partial(
-                            uniform_work,
-                            level,
-                            self.sizes,
-                            refits=REFIT_STEPS,
-                            moves=REFIT_STEPS - COARSE_STEPS + COARSE_STEPS / COARSE,
-                            coarse=COARSE_ROWS_PER_CODEWORD,
-                            largest=COST_BYTES,
-                        ),
-                        needs=(*(f"uniform-{before}" for before in range(1, level)), f"codebook-{level}"),
-                    )
-                )
+            steps += uniform_steps(self.sizes, seed=self.seed, codebooks=codebooks)
         if self.bounds is not None and self.mapping == "capacity":
-            codebooks = [f"codebook-{level}" for level in range(1, len(self.sizes) + 1)]
             steps += bounded_steps(self.sizes, self.bounds, seed=self.seed, codebooks=codebooks)
         return steps
-
-    def _sample_residuals(
-        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors]
-    ) -> NDArray[np.float32]:
-        """Return what the levels before the step's own leave of a sample of the training rows."""
-        kind, level = step.name.split("-")
-        budget = training_budget(step.parameters["size"], data.vectors.layout.columns)
-        sample = sample_rows(len(data.rows), budget, seed=self.seed)
-        rows = data.vectors.take(data.rows[sample])
-        if int(level) == 1:
-            return rows.astype(np.float32, copy=False)
-        return _codebooks([needed[f"{kind}-{number}"] for number in range(1, int(level))]).residuals(rows)
-
-    def _balance_codebook(
-        self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
-    ) -> StepOutcome:
-        residuals = self._sample_residuals(step, data, needed)
-        codebook = needed[step.needs[-1]]["codebook"]
-
-        def done(fits: int) -> None:
-            progress(step.title, fits, REFIT_STEPS + 1, "fits")
-
-        return _balance(residuals, codebook, seed=self.seed, done=done)
 
     def _fit_codebook(
         self, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
     ) -> StepOutcome:
-        residuals = self._sample_residuals(step, data, needed)
         size = step.parameters["size"]
+        levels = [needed[name] for name in step.needs]
+        residuals = sample_residuals(data, levels, size=size, seed=self.seed)
         steps = self.settings.iterations * self.settings.restarts
         fit = fit_codebook(
             residuals,
@@ -174,12 +119,8 @@ class ResidualKMeans(Quantizer):
         """
         if self.mapping == "capacity":
             return bounded_tensors(outcomes)
-        kind = "codebook" if self.mapping == "nearest" else self.mapping
-        tensors = {
-            f"{part}_{level}": outcomes[f"{kind}-{level}"][part]
-            for level in range(1, len(self.sizes) + 1)
-            for part in ("codebook", "potentials")
-        }
+        kind = "codebook" if self.mapping == "nearest" else "uniform"
+        tensors = level_tensors(outcomes, kind, len(self.sizes))
         return tensors | {name: np.array([value]) for name, value in self.model_parameters().items()}
 
     def model_parameters(self) -> dict[str, int]:
@@ -194,68 +135,6 @@ class ResidualKMeans(Quantizer):
     @staticmethod
     def freeze(tensors: Tensors) -> FrozenQuantizer:
         """Return the codebooks and potentials as a quantizer."""
-        return _codebooks(
-            [
-                {"codebook": tensors[f"codebook_{level}"], "potentials": tensors[f"potentials_{level}"]}
-                for level in range(1, len([name for name in tensors if name.startswith("codebook_")]) + 1)
-            ],
-            read_prices(tensors),
-            beam=int(tensors["beam"][0]) if "beam" in tensors else 1,
-        )
-
-
-def _codebooks(levels: list[Tensors], prices: tuple[PriceTable, ...] = (), *, beam: int = 1) -> FrozenResidualKMeans:
-    return FrozenResidualKMeans(
-        tuple(level["codebook"] for level in levels), tuple(level["potentials"] for level in levels), prices, beam
-    )
-
-
-def _balance(
-    residuals: NDArray[np.float32], codebook: NDArray[np.float32], *, seed: int, done: Callable[[int], None]
-) -> StepOutcome:
-    """Move a codebook to the centroids of a balanced assignment, and find its potentials."""
-    size = len(codebook)
-    fitted_on = residuals[sample_rows(len(residuals), COST_BYTES // (4 * size), seed=seed)]
-    coarse = fitted_on[:: -(-len(fitted_on) // (COARSE_ROWS_PER_CODEWORD * size))]
-    potentials = _fit_uniform(coarse, codebook, start=None, tolerance=COARSE_TOLERANCE)
-    for step in range(REFIT_STEPS):
-        done(step + 1)
-        moved_to = residuals if step >= COARSE_STEPS else residuals[::COARSE]
-        codes = FrozenResidualKMeans((codebook,), (potentials.values,)).assign(moved_to)
-        # Rows are asked for in runs: a slice of them needs no copy.
-        (codebook,) = refit_jointly(lambda rows, of=moved_to: of[rows[0] : rows[-1] + 1], codes, (codebook,))
-        last = step == REFIT_STEPS - 1
-        potentials = _fit_uniform(
-            fitted_on if last else coarse,
-            codebook,
-            start=potentials.values,
-            tolerance=TOLERANCE if last else COARSE_TOLERANCE,
-        )
-    done(REFIT_STEPS + 1)
-    evidence: dict[str, Any] = {
-        "rows": len(residuals),
-        "potentials_rows": len(fitted_on),
-        "converged": potentials.converged,
-        "marginal_error": potentials.marginal_error,
-        "iterations": potentials.iterations,
-        "epsilon": potentials.epsilon,
-        "load_min": potentials.load_min,
-        "load_max": potentials.load_max,
-    }
-    return StepOutcome({"codebook": codebook, "potentials": potentials.values}, evidence)
-
-
-def _fit_uniform(
-    residuals: NDArray[np.float32],
-    codebook: NDArray[np.float32],
-    *,
-    start: NDArray[np.float32] | None,
-    tolerance: float,
-) -> Potentials:
-    costs = residuals @ (-2 * codebook.T)
-    costs += np.einsum("kd,kd->k", codebook, codebook)
-    costs += np.einsum("nd,nd->n", residuals, residuals)[:, None]
-    spread = standard_deviation(costs)
-    # Constant costs (every residual zero) leave nothing to balance; any smoothing gives zero potentials.
-    epsilon = RELATIVE_EPSILON * spread or 1.0
-    return fit_potentials(costs, epsilon=epsilon, max_iterations=MAX_ITERATIONS, start=start, tolerance=tolerance)
+        codebooks = read_codebooks(tensors)
+        beam = int(tensors["beam"][0]) if "beam" in tensors else 1
+        return FrozenResidualKMeans(codebooks.codebooks, codebooks.potentials, codebooks.prices, beam)

@@ -1,0 +1,208 @@
+"""The network of an RQ-VAE while it is trained: encoder, residual codebooks in its latent space, decoder, and loss."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from semids.quantizers._ranks import Ranks
+
+ABSORB_EVERY = 10
+"""Sinkhorn iterations after which scalings are folded into the kernel, before float32 runs out of exponents."""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """What a training step minimises, and the codes it chose.
+
+    Args:
+        total: scalar to differentiate: the part of the whole batch's loss that these rows make up.
+        reconstruction: mean squared error of the standardised rows, a part like `total`.
+        quantization: mean over levels of codebook loss + beta × commitment loss, a part like `total`.
+        codes: (b, L) int64.
+    """
+
+    total: Tensor
+    reconstruction: Tensor
+    quantization: Tensor
+    codes: Tensor
+
+
+class RqvaeModel(nn.Module):
+    """Encoder, codebooks and decoder.
+
+    Rows are standardised first, by one mean vector and one scale, so that the two parts of the loss weigh the same
+    whatever the norm of the vectors: unit vectors of 1,024 dimensions have a mean square of 0.001.
+
+    Args:
+        widths: of the vectors, the hidden layers and the latent space.
+        sizes: codebook sizes.
+        sk_epsilons: smoothing of each level's Sinkhorn assignment; 0 is the nearest codeword.
+        beta: weight of the commitment loss.
+        quant_loss_weight: weight of the quantization loss beside the reconstruction loss.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        sizes: Sequence[int],
+        *,
+        sk_epsilons: Sequence[float],
+        sk_iters: int,
+        beta: float,
+        quant_loss_weight: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.encoder = make_layers(widths, generator)
+        self.decoder = make_layers(widths[::-1], generator)
+        self.codebooks = nn.ParameterList(
+            nn.Parameter((2 * torch.rand(size, widths[-1], generator=generator) - 1) / size) for size in sizes
+        )
+        self.register_buffer("mean", torch.zeros(widths[0]))
+        self.register_buffer("scale", torch.ones(()))
+        self.sk_epsilons = tuple(sk_epsilons)
+        self.sk_iters = sk_iters
+        self.beta = beta
+        self.quant_loss_weight = quant_loss_weight
+        self.ranks = Ranks()
+
+    def standardize(self, rows: Tensor) -> Tensor:
+        """Return (n, d) rows less their mean, with a mean square of about 1."""
+        return (rows - self.mean) * self.scale
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Return the (n, e_dim) latent vectors of (n, d) rows as they come."""
+        return self.encoder(self.standardize(rows))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the (n, d) rows that latent vectors stand for."""
+        return self.decoder(latents) / self.scale + self.mean
+
+    def forward(self, rows: Tensor, whole: int, *, quantized: bool = True) -> StepLosses:
+        """Return the losses of a training step (Zeghidour et al. 2021, Lee et al. 2022, as LC-Rec trains it).
+
+        The gradient passes through the codes as if they were not there (straight-through, van den Oord et al. 2017).
+        As published, what later levels see of the encoder is cut off: the straight-through residual of a level has no
+        gradient, so that the encoder is committed to the first level alone.
+
+        Args:
+            rows: (b, d), of a batch of `whole` rows over all ranks.
+            quantized: False trains encoder and decoder alone: the codes are empty, and codebooks have no gradient.
+        """
+        standard = self.standardize(rows)
+        latents = self.encoder(standard)
+        residuals = latents
+        rounded = torch.zeros_like(latents)
+        quantization = latents.new_zeros(())
+        codes: list[Tensor] = []
+        if not quantized:
+            # Every parameter takes part, which is what ranks that average gradients expect.
+            idle = sum((codebook.sum() for codebook in self.codebooks), latents.new_zeros(())) * 0.0
+            reconstruction = (self.decoder(latents) - standard).square().sum() / (whole * rows.shape[1])
+            none = torch.zeros((0, len(self.codebooks)), dtype=torch.int64, device=rows.device)
+            return StepLosses(reconstruction + idle, reconstruction.detach(), quantization, none)
+        for level, codebook in enumerate(self.codebooks):
+            codes.append(self.choose(residuals.detach(), level))
+            chosen = codebook[codes[-1]]
+            commitment = (chosen.detach() - residuals).square().sum() if level == 0 else 0.0
+            fit = (chosen - residuals.detach()).square().sum()
+            # The same number, without the part that has no gradient.
+            quantization = quantization + fit + self.beta * (commitment if level == 0 else fit.detach())
+            rounded = rounded + chosen.detach()
+            residuals = (residuals - chosen).detach()
+        decoded = self.decoder(latents + (rounded - latents).detach())
+        reconstruction = (decoded - standard).square().sum() / (whole * rows.shape[1])
+        quantization = quantization / (whole * latents.shape[1] * len(self.codebooks))
+        total = reconstruction + self.quant_loss_weight * quantization
+        return StepLosses(total, reconstruction.detach(), quantization.detach(), torch.stack(codes, dim=1))
+
+    @torch.no_grad()
+    def choose(self, residuals: Tensor, level: int, *, alone: bool = False) -> Tensor:
+        """Return the (b,) codes of (b, e_dim) residuals as training assigns them.
+
+        Args:
+            alone: True where other ranks do not take part.
+        """
+        epsilon = self.sk_epsilons[level]
+        distances = squared_distances(residuals, self.codebooks[level])
+        if epsilon <= 0:
+            return distances.argmin(dim=1)
+        return sinkhorn_codes(distances, epsilon, self.sk_iters, Ranks() if alone else self.ranks)
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Return the (n, L) codes that the mapping nearest gives to latent vectors."""
+        codes: list[Tensor] = []
+        for codebook in self.codebooks:
+            codes.append(squared_distances(latents, codebook).argmin(dim=1))
+            latents = latents - codebook[codes[-1]]
+        return torch.stack(codes, dim=1)
+
+    @torch.no_grad()
+    def look_up(self, codes: Tensor) -> Tensor:
+        """Return the (n, e_dim) sums of the codewords of (n, L) codes."""
+        return torch.stack([book[codes[:, level]] for level, book in enumerate(self.codebooks)]).sum(dim=0)
+
+
+def make_layers(widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
+    """Return linear layers of the given widths, ReLU between them, drawn by `generator` (Glorot and Bengio 2010)."""
+    layers: list[nn.Module] = []
+    for place, (before, after) in enumerate(itertools.pairwise(widths)):
+        linear = nn.Linear(before, after)
+        nn.init.xavier_normal_(linear.weight, generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if place == len(widths) - 2 else [linear, nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def squared_distances(residuals: Tensor, codebook: Tensor) -> Tensor:
+    """Return the (n, K) squared distances of (n, e) residuals to (K, e) codewords."""
+    products = torch.addmm(codebook.square().sum(dim=1), residuals, codebook.T, alpha=-2)
+    return products.add_(residuals.square().sum(dim=1, keepdim=True))
+
+
+@torch.no_grad()
+def sinkhorn_codes(distances: Tensor, epsilon: float, iterations: int, ranks: Ranks) -> Tensor:
+    """Return the (b,) codes of the transport plan that uses every codeword equally often over the batch.
+
+    The iteration of Cuturi 2013, rows first, on distances brought to [-1, 1] as LC-Rec does (Zheng et al. 2024,
+    section 3.2.1). Only scaling vectors change, in float32, and are folded into the kernel in the logarithm now and
+    then (Schmitzer 2019, section 3): as it stands, the kernel is NaN in float32 at epsilon ≤ 0.01. Column sums are
+    taken over all ranks.
+
+    Args:
+        distances: (b, K) squared distances; overwritten.
+        epsilon: smoothing, in halves of the range of the distances. Large: all codewords are about equally good.
+            Small: closer to exact, and more iterations to equal use.
+        iterations: of rows and columns. Few leave the loads unequal.
+    """
+    rows = ranks.sum(torch.tensor(float(len(distances)), device=distances.device))
+    # An empty part of a batch still takes part in the sums.
+    highest = ranks.max(distances.max() if len(distances) else distances.new_full((), -torch.inf))
+    lowest = -ranks.max(-distances.min() if len(distances) else distances.new_full((), -torch.inf))
+    middle = (highest + lowest) / 2
+    logits = distances.sub_(middle).div_(-epsilon * (highest - middle + 1e-5))
+    # The first iteration in the logarithm: a codeword far from all rows has no mass that float32 could tell from 0.
+    log_plan = logits - logits.logsumexp(dim=1, keepdim=True)
+    share = torch.log(rows / logits.shape[1])
+    peaks = ranks.max(log_plan.amax(dim=0) if len(logits) else log_plan.new_full((logits.shape[1],), -torch.inf))
+    potentials = share - peaks - ranks.sum((log_plan - peaks).exp_().sum(dim=0)).log_()
+    done = 1
+    while done < iterations:
+        kernel = torch.add(logits, potentials, out=log_plan)
+        kernel.sub_(kernel.amax(dim=1, keepdim=True)).exp_()
+        scaling = torch.ones_like(potentials)
+        for _ in range(min(ABSORB_EVERY, iterations - done)):
+            sums = ranks.sum((kernel @ scaling).reciprocal_() @ kernel)
+            scaling = share.exp() / sums
+            done += 1
+        potentials += scaling.log_()
+    return logits.add_(potentials).argmax(dim=1)

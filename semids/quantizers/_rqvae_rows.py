@@ -1,0 +1,105 @@
+"""The rows an RQ-VAE is trained on: which are held out, in which order an epoch has them, and how they are read."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from semids.kmeans import sample_rows
+from semids.quantizers._ranks import Ranks
+from semids.shards import ShardedArray
+
+HELD_OUT_SHARE = 0.05
+MOST_HELD_OUT = 1 << 18
+BATCHES_AHEAD = 2
+RESIDENT_SHARE = 0.5
+"""Part of a device's free memory that the rows may take; the rest is for the network, and for a batch on its way."""
+
+
+def hold_out(rows: NDArray[np.int64], *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows to train on, and those to judge by: another seeded 5 %, or all of them where they are few."""
+    held = sample_rows(len(rows), min(round(HELD_OUT_SHARE * len(rows)), MOST_HELD_OUT), seed=seed)
+    return (np.delete(rows, held), rows[held]) if len(held) else (rows, rows)
+
+
+def epoch_order(rows: int, epoch: int, *, seed: int) -> NDArray[np.int64]:
+    """Return the places of the rows, int64, in the order in which an epoch has them: a function of its arguments."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def batch_places(order: NDArray[np.int64], size: int, *, start: int, ranks: Ranks) -> list[NDArray[np.int64]]:
+    """Return the places of each batch from batch `start` on, ascending: a rank's part of them, which may be empty."""
+    return [
+        np.sort(order[first : first + size])[ranks.rank :: ranks.world]
+        for first in range(start * size, len(order), size)
+    ]
+
+
+class RowSource(Protocol):
+    """Rows by their places."""
+
+    def read(self, places: NDArray[np.int64]) -> Tensor:
+        """Return the rows at (b,) ascending places as a (b, d) tensor; called from another thread."""
+        ...
+
+
+class StreamedRows:
+    """Rows that are read from their files, whose pages the system keeps in memory as long as there is room.
+
+    Args:
+        rows: (n,) the rows of the array that places stand for.
+    """
+
+    def __init__(self, vectors: ShardedArray, rows: NDArray[np.int64]) -> None:
+        self._vectors, self._rows = vectors, rows
+
+    def read(self, places: NDArray[np.int64]) -> Tensor:
+        """Return the rows as they are stored."""
+        return torch.from_numpy(self._vectors.take(self._rows[places]))
+
+
+class ResidentRows:
+    """Rows that lie in a device's memory, as they are stored."""
+
+    def __init__(self, vectors: ShardedArray, rows: NDArray[np.int64], device: torch.device) -> None:
+        dtype = torch.float16 if vectors.layout.dtype == "float16" else torch.float32
+        self._values = torch.empty((len(rows), vectors.layout.columns), dtype=dtype, device=device)
+        step = vectors.layout.shard_rows
+        for start in range(0, len(rows), step):
+            self._values[start : start + step] = torch.from_numpy(vectors.take(rows[start : start + step]))
+
+    def read(self, places: NDArray[np.int64]) -> Tensor:
+        """Return the rows, gathered on the device."""
+        return self._values.index_select(0, torch.from_numpy(places).to(self._values.device))
+
+
+def open_rows(vectors: ShardedArray, rows: NDArray[np.int64], device: torch.device) -> RowSource:
+    """Return the rows, resident on a CUDA device where they fit in half of its free memory; else streamed."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if len(rows) * vectors.layout.columns * np.dtype(vectors.layout.dtype).itemsize <= RESIDENT_SHARE * free:
+            return ResidentRows(vectors, rows, device)
+    return StreamedRows(vectors, rows)
+
+
+def read_ahead(read: Callable[[Any], Tensor], items: Sequence[Any], device: torch.device) -> Iterator[Tensor]:
+    """Yield `read(item)` for every item, in order, as float32 on the device; another thread reads what comes next."""
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield waiting.popleft().result().to(device, non_blocking=True).float()
+            while waiting:
+                yield waiting.popleft().result().to(device, non_blocking=True).float()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,140 @@
+"""What a training that was killed goes on from: everything that decides its later steps, in committed files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from semids.errors import CorruptionError
+from semids.quantizers._rqvae_model import RqvaeModel
+from semids.store import FileRecord, check_file, commit, commit_sealed_json, read_sealed_json
+
+KEPT = 2
+"""Checkpoints of which the files are kept: the last, and the one before it."""
+
+log = logging.getLogger("semids")
+
+
+@dataclass
+class TrainingState:
+    """Where a training stands, besides weights. Learning rates and orders of rows are functions of it.
+
+    Args:
+        epoch: epochs that are finished.
+        step: steps taken of the epoch under way.
+        sums: reconstruction and quantization loss of that epoch, rows × mean.
+        losses: mean reconstruction and quantization loss of every finished epoch.
+        evaluations: figures of the held-out rows, one dictionary an evaluation.
+        revived: dead codewords that were moved to a residual, by level.
+        best: epoch of the evaluation whose weights are the best so far; 0 before the first.
+        worse: evaluations since then.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    losses: list[list[float]] = field(default_factory=list[list[float]])
+    evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    revived: list[int] = field(default_factory=list[int])
+    best: int = 0
+    worse: int = 0
+
+
+@dataclass
+class Training:
+    """A training under way: the network, its optimizer, where it stands, and the best weights so far.
+
+    Args:
+        counts: rows that each codeword of a level got in the epoch under way, (K_l,) int64 a level.
+        best_weights: the model's state at epoch `state.best`; empty before the first evaluation.
+    """
+
+    model: RqvaeModel
+    optimizer: torch.optim.Optimizer
+    state: TrainingState
+    counts: list[Tensor]
+    best_weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that decides later steps, by name."""
+        found = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        found |= {f"best/{name}": value for name, value in self.best_weights.items()}
+        found |= {f"counts/{level}": value for level, value in enumerate(self.counts)}
+        for place, values in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer/{place}/{name}": value for name, value in values.items() if value is not None}
+        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take the values that `tensors` returned."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "counts": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = value
+        self.model.load_state_dict(parts["model"])
+        self.best_weights = parts["best"]
+        self.counts = [parts["counts"][str(level)].to(old.device) for level, old in enumerate(self.counts)]
+        values: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            place, _, key = name.partition("/")
+            values.setdefault(int(place), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": values})
+
+
+class Checkpoints:
+    """The checkpoints of one training, in a folder of its own.
+
+    Args:
+        folder: None keeps none.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._number = 0
+
+    def save(self, training: Training) -> None:
+        """Commit a checkpoint; a kill at any instant leaves it, or those before it, whole.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        if self._folder is None:
+            return
+        self._number += 1
+        path = self._folder / f"checkpoint-{self._number:08d}.safetensors"
+        tensors = training.tensors()
+        record = commit(path, lambda temporary: save_file(tensors, temporary))
+        # The sealed file is the commit: tensors without it are those of a checkpoint that was not finished.
+        commit_sealed_json(path.with_suffix(".json"), {**vars(record), "state": asdict(training.state)})
+        for old in sorted(self._folder.glob("checkpoint-*.json"))[:-KEPT]:
+            old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+    def load(self, training: Training) -> bool:
+        """Bring a training to where the last whole checkpoint has it; False where there is none.
+
+        A checkpoint that was changed is passed over for the one before it, which costs the steps in between.
+        """
+        if self._folder is None:
+            return False
+        for sealed in sorted(self._folder.glob("checkpoint-*.json"), reverse=True):
+            path = sealed.with_suffix(".safetensors")
+            try:
+                body = read_sealed_json(sealed)
+                check_file(path, FileRecord(body["bytes"], body["sha256"]))
+                tensors = load_file(path)
+            except (CorruptionError, SafetensorError) as error:
+                log.warning("%s; going on from the checkpoint before it", error)
+                continue
+            training.state = TrainingState(**body["state"])
+            training.restore(tensors)
+            self._number = int(sealed.stem.rpartition("-")[2])
+            log.info("Training goes on after epoch %d, step %d", training.state.epoch, training.state.step)
+            return True
+        return False

@@ -1,0 +1,450 @@
+"""How an RQ-VAE is trained: batches, revival of dead codewords, evaluation on held-out rows, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from semids.arrays import code_dtype
+from semids.errors import DataError
+from semids.kmeans import fit_codebook, sample_rows, training_budget
+from semids.metrics import measure_ids
+from semids.quantizers._ranks import Ranks
+from semids.quantizers._rqvae_model import RqvaeModel, StepLosses, squared_distances
+from semids.quantizers._rqvae_rows import (
+    RowSource,
+    StreamedRows,
+    batch_places,
+    epoch_order,
+    hold_out,
+    open_rows,
+    read_ahead,
+)
+from semids.quantizers._rqvae_state import Checkpoints, Training, TrainingState
+from semids.quantizers.base import Tensors
+from semids.shards import ShardedArray
+
+if TYPE_CHECKING:
+    from semids.quantizers.rqvae import RqvaeSettings
+
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints: what a kill costs at most, besides the step under way."""
+CHECKPOINT_SHARE = 0.02
+"""Part of the time that checkpoints may take: large networks are saved less often."""
+CODEBOOK_RATE = 10.0
+"""Learning rate of codewords over that of weights. At 1 they lag behind the encoder: on product vectors, 8 % of error
+more after 80 epochs, and half of the latent error would go if codebooks were fitted again."""
+LARGEST_GRADIENT = 1.0
+"""Norm that gradients are clipped to."""
+REVIVAL_ROWS = 4096
+"""Rows among which dead codewords find a new place, at least one a codeword."""
+EVALUATION_ROWS = 8192
+
+Told = Callable[[str, int, int], None]
+"""Called as told(what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training that is to be done.
+
+    Args:
+        sizes: codebook sizes.
+        vectors: (D, d), all contents.
+        rows: (n,) int64, ascending: contents of the training split.
+        folder: where checkpoints lie; None keeps none.
+    """
+
+    sizes: tuple[int, ...]
+    settings: RqvaeSettings
+    seed: int
+    vectors: ShardedArray
+    rows: NDArray[np.int64]
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best weights of a training, and how it went."""
+
+    model: RqvaeModel
+    state: TrainingState
+    rows: int
+    held_out: int
+
+
+def train(job: Job, told: Told, *, ranks: Ranks = Ranks(), device: torch.device | None = None) -> Trained:  # noqa: B008
+    """Train an RQ-VAE, or go on where a killed training's last checkpoint is.
+
+    With the same arguments, on the same machine with the same number of threads, the outcome is the same to the bit,
+    however often it was interrupted.
+
+    Args:
+        ranks: this process's place among those that train together; each has a part of every batch.
+        device: CUDA where there is a device, if not given.
+
+    Raises:
+        DataError: a loss that is no number; names contents of the batch.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainer = _Trainer(job, told, ranks, device)
+    trainer.start()
+    while not trainer.is_finished():
+        trainer.run_epoch()
+    return trainer.outcome()
+
+
+class _Trainer:
+    def __init__(self, job: Job, told: Told, ranks: Ranks, device: torch.device) -> None:
+        self.job, self.told, self.ranks, self.device = job, told, ranks, device
+        self.trained, self.held_out = hold_out(job.rows, seed=job.seed)
+        p = job.settings
+        model = make_model(job.sizes, p, job.vectors.layout.columns, seed=job.seed).to(device)
+        model.ranks = ranks
+        self.steps = -(-len(self.trained) // p.batch_size)
+        self.training = Training(
+            model,
+            make_optimizer(p, model),
+            TrainingState(revived=[0] * len(job.sizes)),
+            [torch.zeros(size, dtype=torch.int64, device=device) for size in job.sizes],
+        )
+        self.checkpoints = Checkpoints(job.folder)
+        self.saved = time.monotonic()
+        self.pause = CHECKPOINT_SECONDS
+
+    @property
+    def state(self) -> TrainingState:
+        return self.training.state
+
+    def start(self) -> None:
+        """Restore the last checkpoint, or begin."""
+        if not self.checkpoints.load(self.training):
+            if self.ranks.rank == 0:
+                self._standardize()
+            self._agree()
+        self.rows: RowSource = open_rows(self.job.vectors, self.trained, self.device)
+        self.step_model: nn.Module = self.training.model
+        if self.ranks.world > 1:
+            # Scales and means never change: nothing to send along with the gradients.
+            self.step_model = DistributedDataParallel(self.training.model, broadcast_buffers=False)
+
+    def _agree(self) -> None:
+        """Give every rank the weights of rank 0."""
+        for value in self.training.model.state_dict().values():
+            self.ranks.broadcast(value)
+
+    def _sample(self) -> Iterator[Tensor]:
+        """Yield a seeded sample of the rows, part by part."""
+        budget = training_budget(max(self.job.sizes), self.job.vectors.layout.columns)
+        places = sample_rows(len(self.trained), budget, seed=self.job.seed)
+        parts = [places[start : start + EVALUATION_ROWS] for start in range(0, len(places), EVALUATION_ROWS)]
+        return read_ahead(StreamedRows(self.job.vectors, self.trained).read, parts, self.device)
+
+    @torch.no_grad()
+    def _standardize(self) -> None:
+        """Set the mean and the scale of the rows."""
+        model = self.training.model
+        count, squares = 0, torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(model.mean.shape, dtype=torch.float64, device=self.device)
+        for rows in self._sample():
+            count += len(rows)
+            sums += rows.sum(dim=0, dtype=torch.float64)
+            squares += rows.double().square().sum()
+        mean = sums / count
+        variance = float(squares / count - mean.square().sum()) / len(mean)
+        model.mean.copy_(mean)
+        # Rows that are all the same have nothing to tell apart; any scale will do.
+        model.scale.fill_(1 / math.sqrt(variance) if variance > 1e-12 * float(mean.square().mean()) else 1.0)
+
+    @torch.no_grad()
+    def _start_codebooks(self) -> None:
+        """Fit the codebooks to what the encoder makes of a sample, as residual k-means does, with no momentum."""
+        p, model = self.job.settings, self.training.model
+        if self.ranks.rank == 0:
+            residuals = torch.cat([model.encode(rows) for rows in self._sample()])
+            for level, codebook in enumerate(model.codebooks):
+                found = fit_codebook(
+                    residuals.cpu().numpy(),
+                    len(codebook),
+                    iterations=p.kmeans_iters,
+                    restarts=1,
+                    seed=self.job.seed,
+                    done=lambda steps, level=level: self.told(f"k-means of level {level + 1}", steps, p.kmeans_iters),
+                )
+                codebook.copy_(torch.from_numpy(found.codebook))
+                for rows in residuals.split(EVALUATION_ROWS):
+                    rows -= codebook[squared_distances(rows, codebook).argmin(dim=1)]
+        self._agree()
+        for codebook in model.codebooks:
+            self.training.optimizer.state.pop(codebook, None)
+
+    def is_finished(self) -> bool:
+        """True once all epochs are over, or so many evaluations found nothing better."""
+        p = self.job.settings
+        return self.state.epoch >= p.epochs or (0 < p.patience <= self.state.worse)
+
+    def run_epoch(self) -> None:
+        """Take the steps that are left of the epoch under way, and close it."""
+        p, state = self.job.settings, self.state
+        if p.kmeans_init and (state.epoch, state.step) == (p.warmup_epochs, 0):
+            self._start_codebooks()
+        order = epoch_order(len(self.trained), state.epoch, seed=self.job.seed)
+        places = batch_places(order, p.batch_size, start=state.step, ranks=self.ranks)
+        for rows in read_ahead(self.rows.read, places, self.device):
+            self._take_step(rows, min(p.batch_size, len(order) - state.step * p.batch_size), order)
+            if state.step < self.steps:
+                self._save_now_and_then()
+        self._close_epoch(len(order))
+        self._save_now_and_then()
+
+    def _take_step(self, rows: Tensor, whole: int, order: NDArray[np.int64]) -> None:
+        p, state, training = self.job.settings, self.state, self.training
+        number = state.epoch * self.steps + state.step
+        for group in training.optimizer.param_groups:
+            group["lr"] = p.lr * rate_of(p, number, self.steps) * group["rate"]
+        losses = self.step_model(rows, whole, quantized=not self._is_warming_up())
+        norm = update(training.model, training.optimizer, losses, parts=self.ranks.world)
+        counts = [
+            torch.bincount(losses.codes[:, level], minlength=len(book))
+            for level, book in enumerate(training.model.codebooks)
+        ]
+        shared = self.ranks.sum(torch.cat([losses.reconstruction[None], losses.quantization[None], *counts]).double())
+        parts = shared[:2].tolist()
+        if not (math.isfinite(norm) and all(map(math.isfinite, parts))):
+            first = state.step * p.batch_size
+            contents = np.sort(self.trained[order[first : first + p.batch_size]])
+            raise DataError(
+                f"the loss of epoch {state.epoch + 1}, step {state.step + 1} is no number (reconstruction {parts[0]}, "
+                f"quantization {parts[1]}, gradient {norm}); its batch has the contents {contents[:5].tolist()} "
+                f"and {max(0, len(contents) - 5)} more; lower lr, or look at their vectors"
+            )
+        sizes = [len(level) for level in training.counts]
+        for level, found in zip(training.counts, shared[2:].long().split(sizes), strict=True):
+            level += found
+        state.sums = [total + part * whole for total, part in zip(state.sums, parts, strict=True)]
+        state.step += 1
+        self.told("train", state.epoch * len(order) + min(state.step * p.batch_size, len(order)), p.epochs * len(order))
+
+    def _is_warming_up(self) -> bool:
+        """True while there are no codebooks: of an encoder that has learnt nothing they would be codebooks of noise."""
+        p = self.job.settings
+        return p.kmeans_init and self.state.epoch < p.warmup_epochs
+
+    def _close_epoch(self, rows: int) -> None:
+        state, training, p = self.state, self.training, self.job.settings
+        quantized = not self._is_warming_up()
+        state.losses.append([total / rows for total in state.sums])
+        state.epoch += 1
+        last = state.epoch == p.epochs
+        if quantized and (state.epoch % p.eval_step == 0 or last):
+            self._evaluate([int((level == 0).sum()) for level in training.counts])
+        if quantized and not last:
+            self._revive([torch.nonzero(level == 0)[:, 0] for level in training.counts])
+        state.step, state.sums = 0, [0.0, 0.0]
+        for level in training.counts:
+            level.zero_()
+
+    @torch.no_grad()
+    def _revive(self, dead: Sequence[Tensor]) -> None:
+        """Move codewords that no row had in the epoch to what rows have left over before their level."""
+        if not any(map(len, dead)):
+            return
+        model, state = self.training.model, self.state
+        wanted = max(REVIVAL_ROWS, max(map(len, dead)))
+        chosen = np.random.default_rng((self.job.seed, state.epoch, 1)).permutation(len(self.trained))[:wanted]
+        residuals = model.encode(self.rows.read(chosen).to(self.device).float())
+        for level, codebook in enumerate(model.codebooks):
+            # Fewer rows than dead codewords: the others stay where they are.
+            moved = dead[level][: len(residuals)]
+            codebook[moved] = residuals[: len(moved)]
+            for value in self.training.optimizer.state[codebook].values():
+                if isinstance(value, Tensor) and value.shape == codebook.shape:
+                    value[moved] = 0
+            self.ranks.broadcast(codebook.data)
+            state.revived[level] += len(moved)
+            residuals = residuals - codebook[squared_distances(residuals, codebook).argmin(dim=1)]
+
+    @torch.no_grad()
+    def _evaluate(self, dead: list[int]) -> None:
+        """Judge the network by the held-out rows, every rank for itself, and keep its weights if they are the best."""
+        p, state = self.job.settings, self.state
+        figures = evaluate(self.training.model, self.job.vectors, self.held_out, batch_size=p.batch_size)
+        best = next((found for found in state.evaluations if found["epoch"] == state.best), None)
+        state.evaluations.append({"epoch": state.epoch, **figures, "dead_codes": dead})
+        if best is None or _rank_of(p, figures) < _rank_of(p, best):
+            state.best, state.worse = state.epoch, 0
+            self.training.best_weights = {
+                name: value.detach().clone() for name, value in self.training.model.state_dict().items()
+            }
+        else:
+            state.worse += 1
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self.saved < self.pause or self.ranks.rank != 0:
+            return
+        started = time.monotonic()
+        self.checkpoints.save(self.training)
+        self.saved = time.monotonic()
+        self.pause = max(CHECKPOINT_SECONDS, (self.saved - started) / CHECKPOINT_SHARE)
+
+    def outcome(self) -> Trained:
+        """Return the best weights."""
+        self.training.model.load_state_dict(self.training.best_weights)
+        return Trained(self.training.model, self.state, len(self.trained), len(self.held_out))
+
+
+def freeze_training(trained: Trained) -> tuple[Tensors, dict[str, Any]]:
+    """Return a network's tensors and, as JSON, how its training went.
+
+    The tensors are `encoder_weight_i` (d_in, d_out) and `encoder_bias_i` of its layers i from 1, those of the decoder,
+    `codebook_l` (K_l, e_dim), and the `mean` (d,) and `scale` () of rows, which are part of the outermost layers
+    already; float32.
+    """
+    model, state = trained.model.cpu().double(), trained.state
+    tensors: dict[str, Tensor] = {}
+    for name, network in (("encoder", model.encoder), ("decoder", model.decoder)):
+        linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+        for number, layer in enumerate(linear, start=1):
+            weight, bias = layer.weight.detach().T, layer.bias.detach()
+            if name == "encoder" and number == 1:
+                weight = weight * model.scale
+                bias = bias - model.mean @ weight
+            elif name == "decoder" and number == len(linear):
+                weight, bias = weight / model.scale, bias / model.scale + model.mean
+            tensors |= {f"{name}_weight_{number}": weight, f"{name}_bias_{number}": bias}
+    tensors |= {"mean": model.mean, "scale": model.scale}
+    tensors |= {f"codebook_{level}": book.detach() for level, book in enumerate(model.codebooks, start=1)}
+    evidence = {
+        "rows": trained.rows,
+        "held_out": trained.held_out,
+        "epochs": state.epoch,
+        "best_epoch": state.best,
+        "revived": state.revived,
+        "losses": state.losses,
+        "evaluations": state.evaluations,
+    }
+    return {name: np.ascontiguousarray(value.numpy(), dtype=np.float32) for name, value in tensors.items()}, evidence
+
+
+def make_model(sizes: Sequence[int], settings: RqvaeSettings, dimensions: int, *, seed: int) -> RqvaeModel:
+    """Return an untrained network for vectors of so many dimensions."""
+    return RqvaeModel(
+        (dimensions, *settings.layers, settings.e_dim),
+        sizes,
+        sk_epsilons=settings.sk_epsilons or (0.0,) * len(sizes),
+        sk_iters=settings.sk_iters,
+        beta=settings.beta,
+        quant_loss_weight=settings.quant_loss_weight,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def make_optimizer(settings: RqvaeSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of PyTorch that the settings name."""
+    kind: Any = getattr(torch.optim, settings.optimizer)
+    books = [value for name, value in model.named_parameters() if name.startswith("codebooks.")]
+    others = [value for name, value in model.named_parameters() if not name.startswith("codebooks.")]
+    groups = [{"params": others, "rate": 1.0}, {"params": books, "rate": CODEBOOK_RATE}]
+    return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, losses: StepLosses, *, parts: int = 1) -> float:
+    """Compute gradients, clipped to a norm of 1, and take an optimizer's step; return the norm before.
+
+    Nothing is changed where the norm is no number.
+
+    Args:
+        parts: ranks over which gradients are averaged: each one's loss is its part of a sum.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    (losses.total * parts).backward()
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT))
+    if math.isfinite(norm):
+        optimizer.step()
+    return norm
+
+
+def rate_of(settings: RqvaeSettings, step: int, steps: int) -> float:
+    """Return the learning rate of a step, counted from 0, over the largest.
+
+    It rises over the warm-up; then it stays (constant), falls to 0 in proportion (linear), or in half a cosine.
+
+    Args:
+        steps: of an epoch.
+    """
+    warmup = settings.warmup_epochs * steps
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, settings.epochs * steps - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.lr_scheduler]
+
+
+def evaluate(model: RqvaeModel, vectors: ShardedArray, rows: NDArray[np.int64], *, batch_size: int) -> dict[str, Any]:
+    """Return figures of distinct contents under the mapping nearest, as JSON.
+
+    Args:
+        rows: (m,) int64, of the vectors.
+        batch_size: rows that training assigns together: where it balances, codes depend on it.
+    """
+    device = model.mean.device
+    codes: list[NDArray[Any]] = []
+    errors = squares = agreeing = 0.0
+    sums = torch.zeros(model.mean.shape, dtype=torch.float64, device=device)
+    dtype = code_dtype([len(book) for book in model.codebooks])
+    source = StreamedRows(vectors, rows)
+    places = np.arange(len(rows))
+    batches = [places[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    for batch in read_ahead(source.read, batches, device):
+        for part in batch.split(EVALUATION_ROWS):
+            latents = model.encode(part)
+            nearest = model.nearest(latents)
+            # Deviations from the training mean: sums of squares lose fewer digits.
+            apart = (part - model.mean).double()
+            errors += float((part - model.decode(model.look_up(nearest))).square().sum(dtype=torch.float64))
+            squares += float(apart.square().sum())
+            sums += apart.sum(dim=0)
+            codes.append(nearest.cpu().numpy().astype(dtype))
+        agreeing += _agreement(model, batch)
+    sizes = tuple(len(book) for book in model.codebooks)
+    ids = measure_ids(codes, [np.ones(len(part), np.uint32) for part in codes], sizes=sizes)
+    spread = squares - float(sums.square().sum()) / len(rows)
+    return {
+        "contents": len(rows),
+        "collision_rate": ids.collision_rate,
+        "floor": ids.floor,
+        "excess_collisions": ids.excess_collisions,
+        "codes_used": [level.codes_used for level in ids.levels],
+        "perplexity": [level.perplexity for level in ids.levels],
+        "relative_mse": errors / spread if spread > 0 else None,
+        "agreement": agreeing / len(rows),
+    }
+
+
+def _agreement(model: RqvaeModel, batch: Tensor) -> float:
+    """Return how many rows of a batch get the same codes in training as under the mapping nearest."""
+    if not any(model.sk_epsilons):
+        return float(len(batch))
+    latents = model.encode(batch)
+    nearest, residuals = model.nearest(latents), latents
+    same = torch.ones(len(batch), dtype=torch.bool, device=batch.device)
+    for level, codebook in enumerate(model.codebooks):
+        codes = model.choose(residuals, level, alone=True)
+        same &= codes == nearest[:, level]
+        residuals = residuals - codebook[codes]
+    return float(same.sum())
+
+
+def _rank_of(settings: RqvaeSettings, figures: dict[str, Any]) -> tuple[float, ...]:
+    """Return what orders evaluations, the better first."""
+    error = figures["relative_mse"] if figures["relative_mse"] is not None else math.inf
+    return (figures["excess_collisions"], error) if settings.best_by == "collisions" else (error,)

@@ -1,0 +1,335 @@
+"""RQ-VAE: residual codebooks in the latent space of an encoder network that is trained together with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype, format_shape
+from semids.errors import UsageError
+from semids.free_ids import find_free_ids
+from semids.network import CHUNK_ROWS, Network
+from semids.parallel import in_order
+from semids.prefixes import Take
+from semids.progress import Progress
+from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors
+from semids.quantizers._codebooks import level_tensors, read_codebooks
+from semids.quantizers._rqvae_work import coding_work, decoder_work, latent_work, network_work
+from semids.quantizers._uniform import uniform_steps
+from semids.quantizers.base import (
+    FrozenQuantizer,
+    MappingName,
+    Quantizer,
+    QuantizerSettings,
+    StepOutcome,
+    Tensors,
+    TrainingData,
+    TrainingStep,
+)
+from semids.residual import ResidualCodebooks
+from semids.shards import ShardedArray
+from semids.work import Counts, Work
+
+PART_ROWS = 8 * CHUNK_ROWS
+"""Rows that a thread encodes or decodes in one go."""
+NETWORK, LATENT, DECODER = "network", "latent", "decoder"
+
+
+class RqvaeSettings(QuantizerSettings):
+    """How an RQ-VAE is built and trained, by the names that LC-Rec gave."""
+
+    layers: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = (512, 256, 128)
+    """Widths of the encoder's hidden layers, from the vectors on; the decoder has them in reverse. The width of the
+    vectors is not among them. None makes both linear."""
+    e_dim: int = Field(64, ge=1, le=65_536)
+    """Width of the latent space, in which the codebooks lie. Small: less to quantize, and less that can be told."""
+    batch_size: int = Field(1024, ge=1)
+    """Rows of a training step, over all processes. Balanced assignment wants several a codeword."""
+    lr: float = Field(1e-3, gt=0)
+    """Largest learning rate. Too large ends in an error that names the batch; too small takes more epochs."""
+    epochs: int = Field(100, ge=1)
+    """Passes over the training rows at most; see patience."""
+    warmup_epochs: int = Field(20, ge=0)
+    """Epochs in which the learning rate rises. With kmeans_init, the codebooks join after them: k-means on what an
+    untrained encoder makes of the rows fits noise, which costs a tenth of the collisions and a sixth of the error."""
+    eval_step: int = Field(10, ge=1)
+    """Epochs between two evaluations on held-out rows."""
+    kmeans_init: bool = True
+    """Codebooks start from k-means on a sample of encoded rows. False: from small random codewords, as published."""
+    kmeans_iters: int = Field(100, ge=1, le=1000)
+    """Lloyd steps of that start."""
+    sk_epsilons: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Smoothing of each level's balanced assignment while training, in halves of the range of distances: 0 takes the
+    nearest codeword, 0.003 to 0.05 uses all codewords of a batch about equally. Empty: 0 on every level."""
+    sk_iters: int = Field(50, ge=1)
+    """Sinkhorn iterations of that assignment."""
+    beta: float = Field(0.25, ge=0)
+    """Weight of the commitment loss: how strongly the encoder is drawn to the codewords."""
+    quant_loss_weight: float = Field(1.0, gt=0)
+    """Weight of the quantization loss; the reconstruction loss has 1, and is of rows scaled to a mean square of 1."""
+    optimizer: Literal["AdamW", "Adam", "SGD", "Adagrad", "RMSprop"] = "AdamW"
+    """Named as in PyTorch."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Pull of all weights to zero."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up: it stays, or falls to zero."""
+    best_by: Literal["mse", "collisions"] = "mse"
+    """What makes an evaluation the best, whose weights are kept: the relative MSE, or first the excess collisions."""
+    patience: int = Field(5, ge=0)
+    """Evaluations in a row without a better one that end the training; 0 takes all epochs."""
+    processes: int = Field(1, ge=1, le=64)
+    """Processes on this machine that train together, one a GPU where there are some. Decides no more than how sums are
+    rounded."""
+
+    @model_validator(mode="after")
+    def _codebooks_join(self) -> RqvaeSettings:
+        if self.kmeans_init and self.epochs <= self.warmup_epochs:
+            raise ValueError(
+                f"expected more epochs than warmup_epochs, after which the codebooks join, got {self.epochs} and "
+                f"{self.warmup_epochs}"
+            )
+        return self
+
+
+class Rqvae(Quantizer):
+    """Train the network and its codebooks; then, if asked, another mapping on the latent vectors of all contents.
+
+    Codebooks are fitted again under that mapping, as residual k-means fits them, and the decoder after them: without
+    it, the error of capacity in input space is a quarter higher.
+    """
+
+    name: ClassVar[str] = "rqvae"
+    settings_type: ClassVar[type[QuantizerSettings]] = RqvaeSettings
+    mappings: ClassVar[tuple[MappingName, ...]] = ("nearest", "uniform", "capacity")
+    version: ClassVar[int] = 1
+    """Raised when the same configuration trains another network: it takes hours, which no comment is to cost."""
+    settings: RqvaeSettings
+
+    @classmethod
+    def check_settings(cls, sizes: Sequence[int], settings: Any) -> None:
+        """Refuse smoothings that are not one a level."""
+        given = len(settings.sk_epsilons)
+        if given not in (0, len(sizes)):
+            raise UsageError(
+                f"rqvae: expected sk_epsilons for each of the {len(sizes)} levels of {format_shape(sizes)}, or none, "
+                f"got {given}"
+            )
+
+    def training_steps(self) -> list[TrainingStep]:
+        """Return the step that trains the network, and those of another mapping in its latent space."""
+        parameters = self.settings.model_dump(mode="json", exclude={"processes"})
+        network = TrainingStep(
+            name=NETWORK,
+            title="Train the RQ-VAE",
+            parameters={"sizes": list(self.sizes), "seed": self.seed, **parameters},
+            run=_train_network,
+            work=partial(network_work, self.sizes, self.settings),
+            version=self.version,
+        )
+        if self.mapping == "nearest":
+            return [network]
+        latent = TrainingStep(
+            name=LATENT,
+            title="Encode the contents",
+            parameters={},
+            run=_open_latent_space,
+            work=partial(latent_work, self.settings),
+            needs=(NETWORK,),
+        )
+        if self.mapping == "uniform":
+            steps = uniform_steps(self.sizes, seed=self.seed, codebooks=[LATENT])
+        else:
+            assert self.bounds is not None
+            steps = bounded_steps(self.sizes, self.bounds, seed=self.seed, codebooks=[LATENT])
+        decoder = TrainingStep(
+            name=DECODER,
+            title="Fit the decoder to the codes",
+            parameters={"seed": self.seed, **self.settings.model_dump(include={"batch_size", "lr", "weight_decay"})},
+            run=_fit_decoder,
+            work=partial(decoder_work, self.sizes, self.settings),
+            needs=(NETWORK, LATENT, *(step.name for step in steps)),
+        )
+        return [network, latent, *(self._in_latent_space(step) for step in steps), decoder]
+
+    def _in_latent_space(self, step: TrainingStep) -> TrainingStep:
+        needs = step.needs if LATENT in step.needs else (*step.needs, LATENT)
+        return replace(step, needs=needs, space=LATENT, work=partial(_latent_work_of, step, self.settings.e_dim))
+
+    def assemble(self, outcomes: Mapping[str, Tensors]) -> Tensors:
+        """Return the network's tensors, and codebooks, potentials and prices as residual k-means has them."""
+        networks = outcomes[NETWORK] | outcomes.get(DECODER, {})
+        return {name: value for name, value in networks.items() if "coder_" in name} | _mapped_codebooks(
+            self.mapping, self.sizes, outcomes
+        )
+
+    def given_codes(self, outcomes: Mapping[str, Tensors]) -> Codes | None:
+        """Return what exact rounding gave under the mapping capacity."""
+        return bounded_codes(outcomes) if self.mapping == "capacity" else None
+
+    def encoding_work(self, counts: Counts) -> Work:
+        """Return the work of the encoder, of one product with all codewords, and of the decoder for every depth."""
+        return coding_work(self.sizes, self.settings, counts, known=self.mapping == "capacity")
+
+    @staticmethod
+    def freeze(tensors: Tensors) -> FrozenQuantizer:
+        """Return the networks and codebooks as a quantizer."""
+        return FrozenRqvae(
+            _read_network(tensors, "encoder"), read_codebooks(tensors), _read_network(tensors, "decoder")
+        )
+
+
+def _latent_work_of(step: TrainingStep, e_dim: int, counts: Counts) -> Work:
+    return step.work(replace(counts, dimensions=e_dim, itemsize=4))
+
+
+class FrozenRqvae(FrozenQuantizer):
+    """An encoder, codebooks in its latent space, and a decoder.
+
+    Args:
+        encoder: from vectors to latent vectors.
+        codebooks: with potentials and prices in squared units of the latent space.
+        decoder: from latent vectors to vectors.
+    """
+
+    def __init__(self, encoder: Network, codebooks: ResidualCodebooks, decoder: Network) -> None:
+        self.encoder, self.codebooks, self.decoder = encoder, codebooks, decoder
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Codebook size of each level."""
+        return self.codebooks.sizes
+
+    @property
+    def dimensions(self) -> int:
+        """Width d of the vectors."""
+        return self.encoder.dimensions[0]
+
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return the (n, L) codes of (n, d) vectors."""
+        check_vectors(vectors, dimensions=self.dimensions)
+        codes = np.empty((len(vectors), len(self.sizes)), dtype=code_dtype(self.sizes))
+        parts = [slice(start, start + PART_ROWS) for start in range(0, len(vectors), PART_ROWS)]
+
+        def encode_part(part: slice) -> Codes:
+            return self.codebooks.assign(self.encoder.apply(vectors[part]))
+
+        for part, found in zip(parts, in_order(encode_part, parts), strict=True):
+            codes[part] = found
+        return codes
+
+    def encode_all(self, vectors: ShardedArray) -> Codes:
+        """Return the (D, L) codes of all vectors."""
+        codes = np.empty((vectors.layout.rows, len(self.sizes)), dtype=code_dtype(self.sizes))
+        for start, chunk in vectors.chunks(vectors.layout.shard_rows):
+            codes[start : start + len(chunk)] = self.encode(chunk)
+        return codes
+
+    def decode(self, codes: Codes, *, depth: int | None = None) -> NDArray[np.float32]:
+        """Return (n, d) float32 reconstructions in input space from the first `depth` levels (default all)."""
+        return self.decoder.apply(self.codebooks.decode(codes, depth=depth))
+
+    def squared_errors(self, vectors: Vectors, codes: Codes) -> NDArray[np.float32]:
+        """Return the (n, L) squared distances of vectors to their reconstructions, by depth, in input space."""
+        check_codes(codes, self.sizes)
+        errors = np.empty(codes.shape, dtype=np.float32)
+        parts = [slice(start, start + CHUNK_ROWS) for start in range(0, len(vectors), CHUNK_ROWS)]
+
+        def measure(part: slice) -> NDArray[np.float32]:
+            here = np.empty((len(vectors[part]), len(self.sizes)), np.float32)
+            for depth in range(1, len(self.sizes) + 1):
+                apart = self.decode(codes[part], depth=depth)
+                apart -= vectors[part]
+                here[:, depth - 1] = np.einsum("nd,nd->n", apart, apart)
+            return here
+
+        for part, found in zip(parts, in_order(measure, parts), strict=True):
+            errors[part] = found
+        return errors
+
+    def find_free_ids(self, take: Take, given: Codes, *, rows: int) -> Codes:
+        """Return the codes of rows, each its own and none among the given."""
+        return find_free_ids(lambda some: self.encoder.apply(take(some)), self.codebooks, given, rows=rows)
+
+
+def _train_network(
+    quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+) -> StepOutcome:
+    """Train in this process, or in several."""
+    # Imported here: PyTorch takes seconds, which runs that find everything made save.
+    from semids.quantizers._rqvae_processes import train_together
+    from semids.quantizers._rqvae_train import Job, freeze_training, train
+
+    job = Job(
+        sizes=quantizer.sizes,
+        settings=quantizer.settings,
+        seed=quantizer.seed,
+        vectors=data.vectors,
+        rows=data.rows,
+        folder=data.folder,
+    )
+
+    def told(what: str, done: int, total: int) -> None:
+        progress(f"{step.title}: {what}", done, total, "rows" if what == "train" else "Lloyd steps")
+
+    processes: int = quantizer.settings.processes
+    tensors, evidence = train_together(job, told, processes) if processes > 1 else freeze_training(train(job, told))
+    return StepOutcome(tensors, evidence)
+
+
+def _open_latent_space(
+    quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+) -> StepOutcome:
+    network = needed[NETWORK]
+    codebooks = {name: value for name, value in network.items() if name.startswith("codebook_")}
+    return StepOutcome(codebooks, encoder=_read_network(network, "encoder"))
+
+
+def _fit_decoder(
+    quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
+) -> StepOutcome:
+    """Fit the decoder that was trained under the mapping nearest to the codes of another."""
+    from semids.quantizers._rqvae_decoder import fit_decoder
+
+    codebooks = read_codebooks(_mapped_codebooks(quantizer.mapping, quantizer.sizes, needed))
+    if quantizer.mapping == "capacity":
+        codes = bounded_codes(needed)
+    else:
+        encoder, decoder = _read_network(needed[NETWORK], "encoder"), _read_network(needed[NETWORK], "decoder")
+        codes = FrozenRqvae(encoder, codebooks, decoder).encode_all(data.vectors)
+    tensors, loss = fit_decoder(
+        needed[NETWORK],
+        codebooks,
+        codes,
+        data,
+        quantizer.settings,
+        seed=quantizer.seed,
+        done=lambda taken, steps: progress(step.title, taken, steps, "steps"),
+    )
+    return StepOutcome(tensors, {"rows": len(data.rows), "loss": loss})
+
+
+def _mapped_codebooks(mapping: MappingName, sizes: Sequence[int], outcomes: Mapping[str, Tensors]) -> Tensors:
+    """Return the codebooks, potentials and prices that the steps of a mapping left."""
+    if mapping == "capacity":
+        return bounded_tensors(outcomes)
+    if mapping == "uniform":
+        return level_tensors(outcomes, "uniform", len(sizes))
+    tensors: Tensors = {}
+    for level, size in enumerate(sizes, start=1):
+        tensors[f"codebook_{level}"] = outcomes[NETWORK][f"codebook_{level}"]
+        tensors[f"potentials_{level}"] = np.zeros(size, np.float32)
+    return tensors
+
+
+def _read_network(tensors: Tensors, name: str) -> Network:
+    layers = range(1, len([key for key in tensors if key.startswith(f"{name}_weight_")]) + 1)
+    return Network(
+        tuple(tensors[f"{name}_weight_{layer}"] for layer in layers),
+        tuple(tensors[f"{name}_bias_{layer}"] for layer in layers),
+    )
