@@ -8,11 +8,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from semids.quantizers._ranks import Ranks
 
-ABSORB_EVERY = 10
-"""Sinkhorn iterations after which scalings are folded into the kernel, before float32 runs out of exponents."""
+CHECK_EVERY = 10
+"""Sinkhorn iterations between two looks at the scalings."""
+CONVERGED = 1e-6
+"""Largest relative change of a scaling in an iteration beyond which more of them change no code but ties."""
+LARGEST_EXPONENT = 30.0
+"""Logarithm of a scaling that is folded into the kernel, before float32, which has 88, runs out of exponents."""
+LEAST_MASS = 1e-30
+"""Mass of a codeword in the first kernel below which its digits are not to be trusted."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class RqvaeModel(nn.Module):
 
     def standardize(self, rows: Tensor) -> Tensor:
         """Return (n, d) rows less their mean, with a mean square of about 1."""
-        return (rows - self.mean) * self.scale
+        return torch.sub(rows, self.mean).mul_(self.scale)
 
     def encode(self, rows: Tensor) -> Tensor:
         """Return the (n, e_dim) latent vectors of (n, d) rows as they come."""
@@ -106,7 +113,7 @@ class RqvaeModel(nn.Module):
         if not quantized:
             # Every parameter takes part, which is what ranks that average gradients expect.
             idle = sum((codebook.sum() for codebook in self.codebooks), latents.new_zeros(())) * 0.0
-            reconstruction = (self.decoder(latents) - standard).square().sum() / (whole * rows.shape[1])
+            reconstruction = mse_loss(self.decoder(latents), standard, reduction="sum") / (whole * rows.shape[1])
             none = torch.zeros((0, len(self.codebooks)), dtype=torch.int64, device=rows.device)
             return StepLosses(reconstruction + idle, reconstruction.detach(), quantization, none)
         for level, codebook in enumerate(self.codebooks):
@@ -118,8 +125,9 @@ class RqvaeModel(nn.Module):
             quantization = quantization + fit + self.beta * (commitment if level == 0 else fit.detach())
             rounded = rounded + chosen.detach()
             residuals = (residuals - chosen).detach()
+        # The value of the codewords, and the gradient of the latents.
         decoded = self.decoder(latents + (rounded - latents).detach())
-        reconstruction = (decoded - standard).square().sum() / (whole * rows.shape[1])
+        reconstruction = mse_loss(decoded, standard, reduction="sum") / (whole * rows.shape[1])
         quantization = quantization / (whole * latents.shape[1] * len(self.codebooks))
         total = reconstruction + self.quant_loss_weight * quantization
         return StepLosses(total, reconstruction.detach(), quantization.detach(), torch.stack(codes, dim=1))
@@ -159,7 +167,7 @@ def make_layers(widths: Sequence[int], generator: torch.Generator) -> nn.Sequent
         linear = nn.Linear(before, after)
         nn.init.xavier_normal_(linear.weight, generator=generator)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if place == len(widths) - 2 else [linear, nn.ReLU()]
+        layers += [linear] if place == len(widths) - 2 else [linear, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -190,19 +198,31 @@ def sinkhorn_codes(distances: Tensor, epsilon: float, iterations: int, ranks: Ra
     lowest = -ranks.max(-distances.min() if len(distances) else distances.new_full((), -torch.inf))
     middle = (highest + lowest) / 2
     logits = distances.sub_(middle).div_(-epsilon * (highest - middle + 1e-5))
-    # The first iteration in the logarithm: a codeword far from all rows has no mass that float32 could tell from 0.
-    log_plan = logits - logits.logsumexp(dim=1, keepdim=True)
-    share = torch.log(rows / logits.shape[1])
-    peaks = ranks.max(log_plan.amax(dim=0) if len(logits) else log_plan.new_full((logits.shape[1],), -torch.inf))
-    potentials = share - peaks - ranks.sum((log_plan - peaks).exp_().sum(dim=0)).log_()
-    done = 1
+    share = rows / logits.shape[1]
+    potentials = torch.zeros_like(logits[0]) if len(logits) else logits.new_zeros(logits.shape[1])
+    kernel = _kernel(logits, potentials)
+    done = 0
+    if float(ranks.sum(kernel.sum(dim=0)).min()) < LEAST_MASS:
+        # A codeword too far from all rows for float32 to tell its mass from none: one iteration in the logarithm.
+        log_plan = logits - logits.logsumexp(dim=1, keepdim=True)
+        peaks = ranks.max(log_plan.amax(dim=0) if len(logits) else torch.full_like(potentials, -torch.inf))
+        potentials = share.log() - peaks - ranks.sum((log_plan - peaks).exp_().sum(dim=0)).log_()
+        kernel = _kernel(logits, potentials)
+        done = 1
+    scaling = torch.ones_like(potentials)
     while done < iterations:
-        kernel = torch.add(logits, potentials, out=log_plan)
-        kernel.sub_(kernel.amax(dim=1, keepdim=True)).exp_()
-        scaling = torch.ones_like(potentials)
-        for _ in range(min(ABSORB_EVERY, iterations - done)):
-            sums = ranks.sum((kernel @ scaling).reciprocal_() @ kernel)
-            scaling = share.exp() / sums
-            done += 1
-        potentials += scaling.log_()
+        before, scaling = scaling, share / ranks.sum((kernel @ scaling).reciprocal_() @ kernel)
+        done += 1
+        if done % CHECK_EVERY == 0:
+            if float((scaling / before - 1).abs().max()) < CONVERGED:
+                break
+            if float(scaling.log().abs().max()) > LARGEST_EXPONENT:
+                potentials += scaling.log()
+                kernel, scaling = _kernel(logits, potentials), torch.ones_like(potentials)
+    potentials += scaling.log()
     return logits.add_(potentials).argmax(dim=1)
+
+
+def _kernel(logits: Tensor, potentials: Tensor) -> Tensor:
+    kernel = logits + potentials
+    return kernel.sub_(kernel.amax(dim=1, keepdim=True)).exp_()

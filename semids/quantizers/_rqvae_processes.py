@@ -105,6 +105,7 @@ def launch(path: Path) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=job["processes"],
+        run_id="semids",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",

@@ -101,6 +101,7 @@ def train(job: Job, told: Told, *, ranks: Ranks = Ranks(), device: torch.device 
     trainer.start()
     while not trainer.is_finished():
         trainer.run_epoch()
+    trainer.save()
     return trainer.outcome()
 
 
@@ -136,7 +137,7 @@ class _Trainer:
         self.step_model: nn.Module = self.training.model
         if self.ranks.world > 1:
             # Scales and means never change: nothing to send along with the gradients.
-            self.step_model = DistributedDataParallel(self.training.model, broadcast_buffers=False)
+            self.step_model = DistributedDataParallel(self.training.model, forward_sync_buffers=False)
 
     def _agree(self) -> None:
         """Give every rank the weights of rank 0."""
@@ -274,7 +275,6 @@ class _Trainer:
             state.revived[level] += len(moved)
             residuals = residuals - codebook[squared_distances(residuals, codebook).argmin(dim=1)]
 
-    @torch.no_grad()
     def _evaluate(self, dead: list[int]) -> None:
         """Judge the network by the held-out rows, every rank for itself, and keep its weights if they are the best."""
         p, state = self.job.settings, self.state
@@ -290,12 +290,16 @@ class _Trainer:
             state.worse += 1
 
     def _save_now_and_then(self) -> None:
-        if time.monotonic() - self.saved < self.pause or self.ranks.rank != 0:
-            return
-        started = time.monotonic()
-        self.checkpoints.save(self.training)
-        self.saved = time.monotonic()
-        self.pause = max(CHECKPOINT_SECONDS, (self.saved - started) / CHECKPOINT_SHARE)
+        if time.monotonic() - self.saved >= self.pause:
+            self.save()
+
+    def save(self) -> None:
+        """Commit a checkpoint, as the one rank that writes."""
+        if self.ranks.rank == 0:
+            started = time.monotonic()
+            self.checkpoints.save(self.training)
+            self.saved = time.monotonic()
+            self.pause = max(CHECKPOINT_SECONDS, (self.saved - started) / CHECKPOINT_SHARE)
 
     def outcome(self) -> Trained:
         """Return the best weights."""
@@ -355,7 +359,9 @@ def make_optimizer(settings: RqvaeSettings, model: nn.Module) -> torch.optim.Opt
     books = [value for name, value in model.named_parameters() if name.startswith("codebooks.")]
     others = [value for name, value in model.named_parameters() if not name.startswith("codebooks.")]
     groups = [{"params": others, "rate": 1.0}, {"params": books, "rate": CODEBOOK_RATE}]
-    return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    # One pass over the weights instead of one an operation; RMSprop has none such.
+    fused = {} if settings.optimizer == "RMSprop" else {"fused": True}
+    return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, **fused)
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, losses: StepLosses, *, parts: int = 1) -> float:
@@ -389,6 +395,7 @@ def rate_of(settings: RqvaeSettings, step: int, steps: int) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.lr_scheduler]
 
 
+@torch.no_grad()
 def evaluate(model: RqvaeModel, vectors: ShardedArray, rows: NDArray[np.int64], *, batch_size: int) -> dict[str, Any]:
     """Return figures of distinct contents under the mapping nearest, as JSON.
 

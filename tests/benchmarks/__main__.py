@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks import encode, mapping, training
+from tests.benchmarks import encode, mapping, rqvae, training
 from tests.benchmarks.measure import circumstances
 from tests.benchmarks.quality import fit_codebooks
 from tests.benchmarks.tables import format_part
 from tests.benchmarks.vectors import generate_vectors
 
-PARTS = (encode.PART, training.PART, mapping.PART)
+PARTS = (encode.PART, training.PART, mapping.PART, rqvae.PART)
 ROWS, DIMENSIONS = 200_000, 1024
 
 
@@ -41,6 +41,9 @@ def _measure(parts: tuple[str, ...], path: Path) -> None:
     if not path.exists():
         generate_vectors(path, ROWS, DIMENSIONS)
     vectors = np.load(path)
+    if rqvae.PART in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            rqvae.measure_rqvae(vectors, Path(folder))
     if training.PART in parts:
         training.measure_training(vectors)
     if {encode.PART, mapping.PART} & set(parts):

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from tests.benchmarks import encode, mapping, training
+from tests.benchmarks import encode, mapping, rqvae, training
 from tests.benchmarks.measure import record_path
 
 Contenders = dict[str, dict[str, Any]]
@@ -23,6 +23,7 @@ def format_part(part: str) -> str:
         encode.PART: _encode_rows,
         training.PART: _training_rows,
         mapping.PART: _mapping_rows,
+        rqvae.PART: _rqvae_rows,
     }
     title, rows = formats[part](body)
     head, *lines = rows
@@ -88,6 +89,25 @@ def _mapping_rows(body: dict[str, Any]) -> tuple[str, list[list[str]]]:
             ]
         )
     return f"{_size(body, body['rows'])}, of them {body['distinct_contents']:,} distinct.", rows
+
+
+def _rqvae_rows(body: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    contenders: Contenders = body["contenders"]
+    rows = [["RQ-VAE training", rqvae.SEMIDS, rqvae.PUBLISHED, "published / semids"]]
+
+    def add(name: str, ours: float, theirs: float) -> None:
+        rows.append([name, f"{ours:.3f} s", f"{theirs:.3f} s", f"{theirs / ours:.1f}"])
+
+    for what in ("steps", "loading"):
+        each = [contenders[f"{who}, {what}"] for who in (rqvae.SEMIDS, rqvae.PUBLISHED)]
+        ours, theirs = (_median(contender, "wall") / contender["figures"]["batches"] for contender in each)
+        add("a step" if what == "steps" else "loading a batch, alone", ours, theirs)
+    parts = [contenders[f"{who}, steps"]["figures"]["parts"] for who in (rqvae.SEMIDS, rqvae.PUBLISHED)]
+    for name in parts[0]:
+        if name != "whole":
+            add(f"of a step without loading: {name}", parts[0][name], parts[1][name])
+    size = f"{_size(body, body['rows'])}, batches of {body['batch_size']:,}"
+    return f"{size}, medians of {rqvae.REPETITIONS} interleaved repetitions.", rows
 
 
 def _size(body: dict[str, Any], rows: int) -> str:
