@@ -25,9 +25,17 @@ from semids.embedders.transformer import TransformerEmbedder
 from semids.fingerprints import code_digest
 from semids.metrics import measure_ids
 from semids.plots import plot_report
+from semids.quantizers import _rqvae_train
 from tests import small_runs, tiny_models
 
-STEPS = ((store, "_fill"), (store, "_flush"), (store, "_rename"), (Path, "symlink_to"), (Path, "replace"))
+STEPS = (
+    (store, "_fill"),
+    (store, "_flush"),
+    (store, "_rename"),
+    (Path, "symlink_to"),
+    (Path, "replace"),
+    (_rqvae_train._Trainer, "_take_step"),
+)
 
 
 def warm_up(folder: Path) -> None:
@@ -49,13 +57,16 @@ def warm_up(folder: Path) -> None:
 def obey(orders: dict[str, Any]) -> int:
     """Run a command line as asked and return its exit code.
 
-    Orders: `arguments`; `shard_rows`; `plots`, false to leave them empty; `events`, a file to which every step of
-    the commit helper and every link is written; `kill_at` and `kill`: the number of the step at which to die, and
-    whether `before` it, `half` way through a write, or `after` it.
+    Orders: `arguments`; `checkpoint_every`, training steps of an RQ-VAE between two checkpoints; `shard_rows`; `plots`,
+    false to leave them empty; `events`, a file to which every step of the commit helper, every link and every training
+    step is written; `kill_at` and `kill`: the number of the event at which to die, and whether `before` it, `half` way
+    through a write, or `after` it.
     """
     small_runs.use_small_shards(orders.get("shard_rows", small_runs.SHARD_ROWS))
     if not orders.get("plots", True):
         plots._png = lambda figure: b""
+    if "checkpoint_every" in orders:
+        save_every(orders["checkpoint_every"])
     log = os.open(orders["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     steps = 0
     inside = False
@@ -88,6 +99,17 @@ def obey(orders: dict[str, Any]) -> int:
     for owner, name in STEPS:
         watch(owner, name)
     return cli.main(orders["arguments"])
+
+
+def save_every(steps: int) -> None:
+    """Let the training of an RQ-VAE save its state after so many steps, whatever time they took."""
+
+    def save_now_and_then(trainer: Any) -> None:
+        state = trainer.state
+        if (state.epoch * trainer.steps + state.step) % steps == 0:
+            trainer.save()
+
+    _rqvae_train._Trainer._save_now_and_then = save_now_and_then  # type: ignore[method-assign]
 
 
 def fork(work: Callable[[], int], said: Path) -> int:
