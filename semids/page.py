@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
+from semids.curves import find_curves, render_curves
 from semids.metrics import IdFigures
 from semids.report import Report, SplitFigures
 from semids.text import (
@@ -42,7 +43,8 @@ def render_markdown(report: Report, image: Callable[[str], str]) -> str:
 
     Args:
         image: returns the address, a relative path or a data URI, of the plot of the given name (see `PLOTS`).
-            It is not called for a report of no items, which has no plots.
+            It is not called for a report of no items, which has no plots. `curves.PLOT` is asked for where a network
+            was trained.
     """
     warnings = describe_problems(report)
     sections = [
@@ -59,6 +61,7 @@ def render_markdown(report: Report, image: Callable[[str], str]) -> str:
         _plots(report, image, ("loads",)),
         "## What reconstructions keep",
         _distortion_table(report),
+        render_curves(curves, image) if (curves := find_curves(report.training)) else "",
         "## Run",
         _catalogue_table(report.catalogue),
         _timing_table(report),

@@ -71,6 +71,35 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
     return _png(figure)
 
 
+def plot_training(note: Mapping[str, Any]) -> bytes:
+    """Draw how a training went, 900 pixels wide: losses by epoch, and what held-out contents say of it.
+
+    Args:
+        note: of a training that has `losses`, reconstruction and quantization by epoch, and `evaluations`.
+    """
+    figure, (left, right) = _figure(2, 3.4, columns=2)
+    losses = np.asarray(note["losses"], dtype=np.float64)
+    epochs = np.arange(1, len(losses) + 1)
+    left.plot(epochs, losses[:, 0], "-", color=BLUE, label="reconstruction", lw=1.8)
+    # Before the codebooks join there is nothing to quantize.
+    joined = losses[:, 1] > 0
+    left.plot(epochs[joined], losses[joined, 1], "-", color=ORANGE, label="quantization", lw=1.8)
+    left.set_yscale("log")
+    _name_axes(left, "epoch", "loss (log)")
+    left.legend(frameon=False)
+    found = note["evaluations"]
+    seen = [row["epoch"] for row in found]
+    errors = [np.nan if row["relative_mse"] is None else row["relative_mse"] for row in found]
+    right.plot(seen, errors, "o-", color=BLUE, label="relative MSE", lw=1.8, markersize=4)
+    right.plot(seen, [row["collision_rate"] for row in found], "s-", color=ORANGE, label="collision rate", markersize=4)
+    right.plot(seen, [row["floor"] for row in found], "--", color=GREY, label="its floor", lw=1.2)
+    right.axvline(note["best_epoch"], color=GREEN, lw=1, label=f"kept: epoch {note['best_epoch']}")
+    right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))
+    _name_axes(right, "epoch", "of held-out contents")
+    right.legend(frameon=False)
+    return _png(figure)
+
+
 def _plot_prefixes(figures: IdFigures) -> bytes:
     """Draw collision rates of prefixes with the floor and uniform hashing of as many codes."""
     depths = list(range(1, len(figures.levels) + 1))

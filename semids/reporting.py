@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from semids.arrays import Codes, format_shape
 from semids.config import QUANTIZERS, BuildConfig
+from semids.curves import PLOT, find_curves
 from semids.distortion import Distortion, NeighbourFigures, neighbour_figures
 from semids.encoding import read_codes
 from semids.errors import CorruptionError
@@ -21,7 +22,7 @@ from semids.kmeans import sample_rows
 from semids.metrics import measure_ids
 from semids.page import render_markdown
 from semids.pipeline import make_stage, multiplicities, read_quantizer
-from semids.plots import plot_report
+from semids.plots import plot_report, plot_training
 from semids.progress import Progress
 from semids.report import Report, SplitFigures
 from semids.semantic_ids import read_code_columns
@@ -99,6 +100,9 @@ def _write_report(
     output.commit_bytes("report.json", report.to_json().encode())
     for name, png in plot_report(report.overall.ids).items():
         output.commit_bytes(f"{name}.png", png)
+    curves = find_curves(report.training)
+    if curves is not None:
+        output.commit_bytes(f"{PLOT}.png", plot_training(curves))
     output.commit_bytes("report.md", render_markdown(report, lambda name: f"{name}.png").encode())
     return {"title": config.label}
 
