@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 import threading
@@ -53,6 +55,12 @@ def held_bytes() -> int:
         return held * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def release_memory() -> None:
+    """Give back to the system what was freed but is kept for later, where the C library can (glibc)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes() -> int | None:

@@ -84,8 +84,8 @@ def plot_training(note: Mapping[str, Any]) -> bytes:
     # Before the codebooks join there is nothing to quantize.
     joined = losses[:, 1] > 0
     left.plot(epochs[joined], losses[joined, 1], "-", color=ORANGE, label="quantization", lw=1.8)
-    left.set_yscale("log")
-    _name_axes(left, "epoch", "loss (log)")
+    left.set_ylim(bottom=0)
+    _name_axes(left, "epoch", "loss")
     left.legend(frameon=False)
     found = note["evaluations"]
     seen = [row["epoch"] for row in found]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from semids.errors import CorruptionError
-from semids.memory import PeakMemory
+from semids.memory import PeakMemory, release_memory
 from semids.progress import Progress, silent
 from semids.shards import COMPUTED, ShardedArray, ShardLayout, check_origin, shard_name, write_shards
 from semids.store import (
@@ -247,6 +247,8 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     output = StageOutput(target, stage.fingerprint, progress, stage.origin)
     with PeakMemory() as peak:
         summary = stage.build(output)
+    # Threads and training steps leave hundreds of megabytes freed but kept, which later stages would be charged for.
+    release_memory()
     _remove_folders(target, TEMPORARY_PREFIX)
     seconds = time.monotonic() - started
     outputs = {

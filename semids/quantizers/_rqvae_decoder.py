@@ -50,7 +50,7 @@ def fit_decoder(
     source = open_rows(data.vectors, data.rows, device)
     books = [torch.from_numpy(book).to(device) for book in codebooks.codebooks]
     per_epoch = -(-len(data.rows) // settings.batch_size)
-    steps = min(EPOCHS * per_epoch, STEPS)
+    steps = min(min(EPOCHS, settings.epochs) * per_epoch, STEPS)
     taken, losses = 0, 0.0
     for epoch in range(-(-steps // per_epoch)):
         order = epoch_order(len(data.rows), epoch, seed=seed)

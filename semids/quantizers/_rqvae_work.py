@@ -13,6 +13,7 @@ from semids.kmeans import training_budget
 from semids.network import CHUNK_ROWS, Network
 from semids.parallel import thread_count
 from semids.quantizers._work import HEADER_BYTES, codebook_bytes, encoding_work, fitting
+from semids.shards import SHARD_ROWS
 from semids.work import Counts, Probe, Work
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ STEP_FLOPS = 1 << 36
 """Multiplications and additions of a training step that is timed at most: a second or two of one core."""
 COPIES = 6
 """Of all weights: themselves, gradients, two moments, the best so far, and what is being written of them."""
-LIBRARY_BYTES = 190_000_000
-"""Memory of the libraries that training needs, beyond what numbers need."""
+LIBRARY_BYTES = 125_000_000
+"""Memory of the libraries that training needs, beyond what numbers need; a process that has trained keeps it."""
 
 
 def widths_of(settings: RqvaeSettings, dimensions: int) -> list[int]:
@@ -36,8 +37,10 @@ def weight_count(widths: Sequence[int]) -> int:
     return sum(before * after for before, after in itertools.pairwise(widths))
 
 
-def stepping(sizes: Sequence[int], settings: RqvaeSettings, dimensions: int, rows: int) -> Probe:
-    """Rows of training steps of so many rows each."""
+def stepping(
+    sizes: Sequence[int], settings: RqvaeSettings, dimensions: int, rows: int, *, quantized: bool = True
+) -> Probe:
+    """Rows of training steps of so many rows each, with codes or without."""
     widths = widths_of(settings, dimensions)
     flops = 12 * weight_count(widths) + 2 * sum(sizes) * settings.e_dim
     timed = max(1, min(rows, STEP_FLOPS // flops))
@@ -51,9 +54,10 @@ def stepping(sizes: Sequence[int], settings: RqvaeSettings, dimensions: int, row
         optimizer = make_optimizer(settings, model)
         batch = torch.from_numpy(draw_rows(timed, dimensions))
         model.scale.fill_(float(batch.std()) ** -1)
-        return lambda: update(model, optimizer, model(batch, timed)), timed
+        return lambda: update(model, optimizer, model(batch, timed, quantized=quantized)), timed
 
-    return Probe(f"train {'-'.join(map(str, widths))} on {timed} rows, {list(sizes)}", prepare)
+    codes = f"coded with {list(sizes)}" if quantized else "not coded"
+    return Probe(f"train {'-'.join(map(str, widths))} on {timed} rows, {codes}", prepare)
 
 
 def applying(widths: Sequence[int]) -> Probe:
@@ -87,7 +91,7 @@ def network_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
         lloyd = sizes.count(size) * settings.kmeans_iters * rows * size
         work += Work({fitting(size, settings.e_dim): lloyd}, memory=8 * rows * settings.e_dim)
     # Rows on their way, as they are and standardised; what layers make of them, and its gradients; scores.
-    held = batch * (4 * counts.itemsize * d + 12 * d + 12 * 2 * sum(widths) + 12 * max(sizes))
+    held = batch * (4 * counts.itemsize * d + 12 * d + 12 * 3 * sum(widths) + 12 * max(sizes))
     weights = COPIES * 4 * (2 * weight_count(widths) + sum(sizes) * settings.e_dim)
     return work + Work(
         memory=LIBRARY_BYTES + max(work.memory, held) + weights + 16 * counts.training,
@@ -100,7 +104,9 @@ def latent_work(settings: RqvaeSettings, counts: Counts) -> Work:
     size = counts.contents * settings.e_dim * 4
     units = {reading(counts): counts.vector_bytes, writing(): size}
     units[applying(widths_of(settings, counts.dimensions))] = counts.contents
-    return Work(units, memory=size // max(1, counts.contents) * 2 * (1 << 16), disk=size)
+    held = min(counts.contents, SHARD_ROWS) * settings.e_dim * 4
+    held += thread_count() * CHUNK_ROWS * 4 * 2 * max(widths_of(settings, counts.dimensions))
+    return Work(units, memory=LIBRARY_BYTES + 2 * held, disk=size)
 
 
 def decoder_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) -> Work:
@@ -109,15 +115,15 @@ def decoder_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
 
     d, widths = counts.dimensions, widths_of(settings, counts.dimensions)
     batch = min(settings.batch_size, counts.training)
-    rows = min(EPOCHS * counts.training, STEPS * batch)
+    rows = min(min(EPOCHS, settings.epochs) * counts.training, STEPS * batch)
     units = {
         reading(counts): 2 * counts.vector_bytes,
         applying(widths): counts.contents,
         taking(d, counts.itemsize): rows,
         # The decoder is half of the network, and the codes are known.
-        stepping(sizes, settings, d, batch): rows / 2,
+        stepping(sizes, settings, d, batch, quantized=False): rows / 2,
     }
-    held = batch * (4 * counts.itemsize * d + 12 * d + 12 * sum(widths)) + COPIES * 4 * weight_count(widths)
+    held = batch * (4 * counts.itemsize * d + 12 * d + 18 * sum(widths)) + COPIES * 4 * weight_count(widths)
     codes = counts.contents * len(sizes) * 2
     return Work(units, LIBRARY_BYTES + held + codes + 16 * counts.training, network_bytes(settings, d) // 2)
 
@@ -133,7 +139,7 @@ def coding_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts, *
     held = thread_count() * CHUNK_ROWS * 4 * (2 * max(widths) + counts.dimensions)
     return work + Work(
         units,
-        memory=work.memory + held,
+        memory=LIBRARY_BYTES + work.memory + held,
         disk=network_bytes(settings, counts.dimensions) + codebook_bytes(sizes, settings.e_dim),
     )
 

@@ -41,6 +41,8 @@ EQUATION_ARRAYS = 8
 """Of codewords × dimensions in float64, while all codebooks are fitted at once."""
 PAIR_BYTES = 32
 """Of a pair of codewords that occurs: its count in float64 and its place, and those before a block is added."""
+THREAD_BYTES = 80_000_000
+"""Freed memory that a thread which assigns prefixes keeps at hand."""
 HEADER_BYTES = 160
 """Of a tensor in a file."""
 
@@ -222,7 +224,7 @@ def bounded_work(sizes: Sequence[int], bounds: Bounds, counts: Counts, *, rounds
     costs = round(4.25 * min(rows * max(sizes), BLOCK_BYTES // 4))
     return work + Work(
         # Held with the sample: the costs of some prefixes, or the equations of all codewords.
-        memory=work.memory + max(costs, _equation_bytes(rows, sizes, d)),
+        memory=work.memory + max(costs, _equation_bytes(rows, sizes, d)) + thread_count() * THREAD_BYTES,
         disk=codebook_bytes(sizes, d) + sum(_price_bytes(level, rows, sizes) for level in range(levels - 1)),
     )
 

@@ -20,7 +20,7 @@ from semids.prefixes import Take
 from semids.progress import Progress
 from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors
 from semids.quantizers._codebooks import level_tensors, read_codebooks
-from semids.quantizers._rqvae_work import coding_work, decoder_work, latent_work, network_work
+from semids.quantizers._rqvae_work import LIBRARY_BYTES, coding_work, decoder_work, latent_work, network_work
 from semids.quantizers._uniform import uniform_steps
 from semids.quantizers.base import (
     FrozenQuantizer,
@@ -39,6 +39,7 @@ from semids.work import Counts, Work
 PART_ROWS = 8 * CHUNK_ROWS
 """Rows that a thread encodes or decodes in one go."""
 NETWORK, LATENT, DECODER = "network", "latent", "decoder"
+DECODER_SETTINGS = {"batch_size", "lr", "weight_decay", "epochs"}
 
 
 class RqvaeSettings(QuantizerSettings):
@@ -150,7 +151,7 @@ class Rqvae(Quantizer):
         decoder = TrainingStep(
             name=DECODER,
             title="Fit the decoder to the codes",
-            parameters={"seed": self.seed, **self.settings.model_dump(include={"batch_size", "lr", "weight_decay"})},
+            parameters={"seed": self.seed, **self.settings.model_dump(include=DECODER_SETTINGS)},
             run=_fit_decoder,
             work=partial(decoder_work, self.sizes, self.settings),
             needs=(NETWORK, LATENT, *(step.name for step in steps)),
@@ -185,7 +186,8 @@ class Rqvae(Quantizer):
 
 
 def _latent_work_of(step: TrainingStep, e_dim: int, counts: Counts) -> Work:
-    return step.work(replace(counts, dimensions=e_dim, itemsize=4))
+    work = step.work(replace(counts, dimensions=e_dim, itemsize=4))
+    return replace(work, memory=work.memory + LIBRARY_BYTES)
 
 
 class FrozenRqvae(FrozenQuantizer):
