@@ -183,6 +183,7 @@ def run_stage(folder: Path, stage: Stage, progress: Progress = silent) -> Ref:
         found = find_stage(folder, stage)
         if found is not None:
             log.info("%s: reused %s", stage.title, target.name)
+            _remove_folders(target, KEPT_PREFIX)
             return found
         manifest = _make(target, stage, progress)
     return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])

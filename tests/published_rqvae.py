@@ -89,6 +89,14 @@ def published_step(model: PublishedRqvae, optimizer: torch.optim.Optimizer, rows
     return loss.item()
 
 
+def copy_weights(source: nn.Module, target: PublishedRqvae) -> None:
+    """Give the published network the encoder and decoder of another with the same layers."""
+    for name in ("encoder", "decoder"):
+        pairs = zip(getattr(source, name).parameters(), getattr(target, name).parameters(), strict=True)
+        for ours, theirs in pairs:
+            theirs.data.copy_(ours.data)
+
+
 def perceptron(widths: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):

@@ -54,7 +54,7 @@ def test_committed_configurations_read_and_write_back() -> None:
         ("catalogue: {path: x.npy}\nshap: 4x4", "shap: Extra inputs are not permitted"),
         ("catalogue: {path: x.npy, idcolumn: a}", r"catalogue\.idcolumn: Extra inputs"),
         ("catalogue: {path: x.npy}\nshape: 4x1", "shape: expected codebook sizes from 2"),
-        ("catalogue: {path: x.npy}\nquantizer: rq", "quantizer: expected one of residual_kmeans, got 'rq'"),
+        ("catalogue: {path: x.npy}\nquantizer: rq", "quantizer: expected one of residual_kmeans, rqvae, got 'rq'"),
         ("catalogue: {path: x.npy}\nmapping: even", "mapping: Input should be 'nearest', 'uniform' or 'capacity'"),
         ("catalogue: {path: x.npy}\nseed: -1", "seed: Input should be greater than or equal to 0"),
         ("catalogue: {path: x.npy}\noptions: {residual_kmeans: {restarts: 0}}", r"options\.residual_kmeans\.restarts"),

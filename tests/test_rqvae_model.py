@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semids.quantizers._ranks import Ranks
-from semids.quantizers._rqvae_model import RqvaeModel, sinkhorn_codes, squared_distances
-from tests.published_rqvae import PublishedRqvae, published_sinkhorn
+from semids.quantizers._rqvae_model import Layer, RqvaeModel, sinkhorn_codes, squared_distances
+from tests.published_rqvae import PublishedRqvae, copy_weights, published_sinkhorn
 
 WIDTHS, SIZES = (20, 16, 8), (11, 7, 5)
 
@@ -26,8 +26,7 @@ def pair(epsilons: tuple[float, ...], *, beta: float = 0.25) -> tuple[RqvaeModel
         for book, other in zip(model.codebooks, published.books, strict=True):
             book.copy_(torch.randn(book.shape, generator=generator))
             other.weight.copy_(book)
-    published.encoder.load_state_dict(model.encoder.state_dict())
-    published.decoder.load_state_dict(model.decoder.state_dict())
+    copy_weights(model, published)
     return model, published
 
 
@@ -48,6 +47,22 @@ def test_losses_codes_and_gradients_are_the_published_ones(epsilons: tuple[float
     for value, expected in zip(found, gradients, strict=True):
         assert value.grad is not None
         torch.testing.assert_close(value.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_layer_is_the_linear_one_and_so_are_its_gradients(positive: bool) -> None:
+    """Against PyTorch's own, in float64."""
+    layer = Layer(9, 5, positive=positive)
+    rows = torch.randn((33, 9), requires_grad=True)
+    weights = torch.randn((33, 5))
+    (layer(rows) * weights).sum().backward()
+    expected = layer.weight.detach().double().requires_grad_(), layer.bias.detach().double().requires_grad_()
+    wide = rows.detach().double().requires_grad_()
+    output = torch.nn.functional.linear(wide, *expected)
+    ((output.relu() if positive else output) * weights).sum().backward()
+    for found, oracle in zip((rows, layer.weight, layer.bias), (wide, *expected), strict=True):
+        assert found.grad is not None
+        torch.testing.assert_close(found.grad.double(), oracle.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_parts_of_a_batch_add_up_to_its_loss_and_gradients() -> None:

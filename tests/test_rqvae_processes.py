@@ -14,7 +14,6 @@ import pytest
 from test_rqvae_training import Array, job_of, save_after_every_step, silently
 
 from semids.errors import DataError, ProcessError
-from semids.quantizers import _rqvae_processes
 from semids.quantizers._rqvae_processes import train_together
 from semids.quantizers._rqvae_train import freeze_training, train
 
@@ -92,27 +91,37 @@ def test_a_loss_that_is_no_number_comes_through(array: Array, tmp_path: Path) ->
         train_together(job_of(array, tmp_path, optimizer="SGD", lr=1e30, warmup_epochs=0), silently, 2)
 
 
-def test_processes_end_with_the_one_that_started_them(array: Array, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["as soon as both are there", "while they train"])
+def test_processes_end_with_the_one_that_started_them(moment: str, array: Array, tmp_path: Path) -> None:
     """Guard: `_rqvae_processes._die_with`; without it, orphans go on writing checkpoints."""
-    begun = threading.Event()
-    children: list[psutil.Process] = []
+    begun, pipe = [], os.pipe()
 
     def watch(what: str, done: int, total: int) -> None:
-        if what == "train" and not begun.is_set():
-            begun.set()
-            os.write(pipe[1], str([child.pid for child in psutil.Process().children(recursive=True)]).encode())
+        if what == "train" and not begun:
+            begun.append(done)
+            os.write(pipe[1], b"training")
 
-    pipe = os.pipe()
     parent = os.fork()
     if parent == 0:
         try:
             train_together(job_of(array, tmp_path, epochs=5000, warmup_epochs=2, patience=0), watch, 2)
         finally:
             os._exit(0)
-    children = [psutil.Process(int(pid)) for pid in os.read(pipe[0], 1000).decode().strip("[]").split(",")]
-    assert len(children) >= 3
+    if moment == "while they train":
+        assert os.read(pipe[0], 100) == b"training"
+    ranks: list[psutil.Process] = []
+    while len(ranks) < 2:
+        children = psutil.Process(parent).children(recursive=True)
+        ranks = [child for child in children if "LOCAL_RANK" in environment_of(child)]
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
-    assert _rqvae_processes.HEARTBEAT_S < 1
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """Return a process's environment; none where it has just ended or not yet begun."""
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def fit_decoder(
     taken, losses = 0, 0.0
     for epoch in range(-(-steps // per_epoch)):
         order = epoch_order(len(data.rows), epoch, seed=seed)
-        places = batch_places(order, settings.batch_size, start=0, ranks=Ranks())[: steps - taken]
+        places = list(itertools.islice(batch_places(order, settings.batch_size, start=0, ranks=Ranks()), steps - taken))
         losses = 0.0
         for place, rows in zip(places, read_ahead(source.read, places, device), strict=True):
             chosen = torch.from_numpy(codes[data.rows[place]].astype(np.int64)).to(device)

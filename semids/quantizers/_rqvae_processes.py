@@ -32,6 +32,8 @@ from semids.shards import ShardedArray, ShardLayout
 from semids.store import commit, commit_bytes, commit_sealed_json, read_sealed_json, wait_for_lock
 
 JOB, ROWS, TENSORS, OUTCOME, FAILURE = "job.json", "rows.npy", "outcome.safetensors", "outcome.json", "failure.json"
+LAUNCHER = "SEMIDS_LAUNCHER"
+"""Variable that tells ranks the process that started them."""
 LONGEST_SILENCE = timedelta(hours=12)
 """How long ranks wait for one another: rank 0 fits the first codebooks alone."""
 HEARTBEAT_S = 0.5
@@ -65,7 +67,10 @@ def train_together(job: Job, told: Told, processes: int) -> tuple[Tensors, dict[
     # Ranks of one machine meet on its own address, which needs no name service.
     environment = {"GLOO_SOCKET_IFNAME": "lo"} | dict(os.environ) | {"OMP_NUM_THREADS": threads}
     command = [sys.executable, "-m", __name__, str(folder / JOB)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
+    # In a session of its own: an interrupt from the keyboard is this process's to handle.
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as launcher:
         assert launcher.stdout is not None
         try:
             for line in launcher.stdout:
@@ -96,11 +101,14 @@ def _tell(line: str, told: Told) -> None:
 
 def launch(path: Path) -> None:
     """Start the ranks of a job and wait for them; say in a file which one failed, and how."""
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     job = json.loads(path.read_bytes())
     _die_with(job["parent"])
+    # A rank may come to ask for its parent when that has ended already.
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -114,6 +122,8 @@ def launch(path: Path) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", __spec__.name if __spec__ else __name__, str(path))
+    except SignalException:
+        sys.exit(1)  # Whoever sent it knows.
     except ChildFailedError as error:
         if (path.parent / FAILURE).exists():
             return
@@ -126,7 +136,7 @@ def launch(path: Path) -> None:
 def work(path: Path) -> None:
     """Be one rank of a job."""
     described = json.loads(path.read_bytes())
-    _die_with(os.getppid())
+    _die_with(int(os.environ[LAUNCHER]))
     cuda = torch.cuda.is_available()
     place = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", place % torch.cuda.device_count()) if cuda else torch.device("cpu")
@@ -141,23 +151,24 @@ def work(path: Path) -> None:
         rows=np.load(path.parent / ROWS, allow_pickle=False),
         folder=path.parent,
     )
-    if ranks.rank > 0:
-        train(job, lambda what, done, total: None, ranks=ranks, device=device)
-    else:
-        # Whoever a killed run left behind ends first.
-        with wait_for_lock(path.parent / "lock"):
-            _lead(job, ranks, device)
+    try:
+        if ranks.rank > 0:
+            train(job, lambda what, done, total: None, ranks=ranks, device=device)
+        else:
+            # Whoever a killed run left behind ends first.
+            with wait_for_lock(path.parent / "lock"):
+                _lead(job, ranks, device)
+    except SemidsError as error:
+        # All ranks find the same, and the first to end has the others ended.
+        commit_sealed_json(path.parent / FAILURE, {"kind": type(error).__name__, "message": str(error)})
+        raise
     torch.distributed.destroy_process_group()
 
 
 def _lead(job: Job, ranks: Ranks, device: torch.device) -> None:
     """Train as the rank that tells how it goes and writes what comes of it."""
     assert job.folder is not None
-    try:
-        trained = train(job, _print, ranks=ranks, device=device)
-    except SemidsError as error:
-        commit_sealed_json(job.folder / FAILURE, {"kind": type(error).__name__, "message": str(error)})
-        raise
+    trained = train(job, _print, ranks=ranks, device=device)
     tensors, evidence = freeze_training(trained)
     commit(job.folder / TENSORS, lambda path: save_file(tensors, path))
     commit_sealed_json(job.folder / OUTCOME, evidence)
@@ -167,16 +178,13 @@ def _print(what: str, done: int, total: int) -> None:
     print(json.dumps([what, done, total]), flush=True)
 
 
-def _die_with(process: int) -> None:
-    """End this process soon after another has ended, however it did."""
+def _die_with(parent: int) -> None:
+    """End this process soon after its parent has ended, however it did, even if that was before this call."""
 
     def watch() -> None:
-        while True:
-            try:
-                os.kill(process, 0)
-            except ProcessLookupError:
-                os._exit(1)
+        while os.getppid() == parent:
             time.sleep(HEARTBEAT_S)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -29,17 +29,15 @@ def hold_out(rows: NDArray[np.int64], *, seed: int) -> tuple[NDArray[np.int64], 
     return (np.delete(rows, held), rows[held]) if len(held) else (rows, rows)
 
 
-def epoch_order(rows: int, epoch: int, *, seed: int) -> NDArray[np.int64]:
-    """Return the places of the rows, int64, in the order in which an epoch has them: a function of its arguments."""
-    return np.random.default_rng((seed, epoch)).permutation(rows)
+def epoch_order(rows: int, epoch: int, *, seed: int) -> NDArray[np.uint32]:
+    """Return the places of the rows, uint32, in the order in which an epoch has them: a function of its arguments."""
+    return np.random.default_rng((seed, epoch)).permutation(np.arange(rows, dtype=np.uint32))
 
 
-def batch_places(order: NDArray[np.int64], size: int, *, start: int, ranks: Ranks) -> list[NDArray[np.int64]]:
-    """Return the places of each batch from batch `start` on, ascending: a rank's part of them, which may be empty."""
-    return [
-        np.sort(order[first : first + size])[ranks.rank :: ranks.world]
-        for first in range(start * size, len(order), size)
-    ]
+def batch_places(order: NDArray[np.uint32], size: int, *, start: int, ranks: Ranks) -> Iterator[NDArray[np.int64]]:
+    """Yield the places of each batch from batch `start` on, ascending: a rank's part of them, which may be empty."""
+    for first in range(start * size, len(order), size):
+        yield np.sort(order[first : first + size])[ranks.rank :: ranks.world].astype(np.int64)
 
 
 class RowSource(Protocol):
@@ -89,7 +87,7 @@ def open_rows(vectors: ShardedArray, rows: NDArray[np.int64], device: torch.devi
     return StreamedRows(vectors, rows)
 
 
-def read_ahead(read: Callable[[Any], Tensor], items: Sequence[Any], device: torch.device) -> Iterator[Tensor]:
+def read_ahead(read: Callable[[Any], Tensor], items: Iterable[Any], device: torch.device) -> Iterator[Tensor]:
     """Yield `read(item)` for every item, in order, as float32 on the device; another thread reads what comes next."""
     waiting: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor(1) as pool:

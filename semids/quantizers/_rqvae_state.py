@@ -112,9 +112,11 @@ class Checkpoints:
         record = commit(path, lambda temporary: save_file(tensors, temporary))
         # The sealed file is the commit: tensors without it are those of a checkpoint that was not finished.
         commit_sealed_json(path.with_suffix(".json"), {**vars(record), "state": asdict(training.state)})
-        for old in sorted(self._folder.glob("checkpoint-*.json"))[:-KEPT]:
-            old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+        kept = {sealed.stem for sealed in sorted(self._folder.glob("checkpoint-*.json"))[-KEPT:]}
+        # In the order of names: the sealed file before its tensors.
+        for old in sorted(self._folder.glob("checkpoint-*")):
+            if old.stem not in kept:
+                old.unlink()
 
     def load(self, training: Training) -> bool:
         """Bring a training to where the last whole checkpoint has it; False where there is none.
@@ -123,18 +125,21 @@ class Checkpoints:
         """
         if self._folder is None:
             return False
-        for sealed in sorted(self._folder.glob("checkpoint-*.json"), reverse=True):
+        found = sorted(self._folder.glob("checkpoint-*.json"), reverse=True)
+        # Later ones are numbered on, so that damaged ones are the first to go.
+        self._number = int(found[0].stem.rpartition("-")[2]) if found else 0
+        for place, sealed in enumerate(found):
             path = sealed.with_suffix(".safetensors")
             try:
                 body = read_sealed_json(sealed)
                 check_file(path, FileRecord(body["bytes"], body["sha256"]))
                 tensors = load_file(path)
             except (CorruptionError, SafetensorError) as error:
-                log.warning("%s; going on from the checkpoint before it", error)
+                onward = "going on from the checkpoint before it" if place < len(found) - 1 else "training begins anew"
+                log.warning("a checkpoint cannot be used, %s: %s", onward, error)
                 continue
             training.state = TrainingState(**body["state"])
             training.restore(tensors)
-            self._number = int(sealed.stem.rpartition("-")[2])
             log.info("Training goes on after epoch %d, step %d", training.state.epoch, training.state.step)
             return True
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,7 +208,7 @@ class _Trainer:
         self._close_epoch(len(order))
         self._save_now_and_then()
 
-    def _take_step(self, rows: Tensor, whole: int, order: NDArray[np.int64]) -> None:
+    def _take_step(self, rows: Tensor, whole: int, order: NDArray[np.uint32]) -> None:
         p, state, training = self.job.settings, self.state, self.training
         number = state.epoch * self.steps + state.step
         for group in training.optimizer.param_groups:
@@ -262,15 +262,14 @@ class _Trainer:
             return
         model, state = self.training.model, self.state
         wanted = max(REVIVAL_ROWS, max(map(len, dead)))
-        chosen = np.random.default_rng((self.job.seed, state.epoch, 1)).permutation(len(self.trained))[:wanted]
+        chosen = sample_rows(len(self.trained), wanted, seed=self.job.seed + state.epoch)
         residuals = model.encode(self.rows.read(chosen).to(self.device).float())
+        residuals = residuals[torch.randperm(len(residuals), generator=torch.Generator().manual_seed(state.epoch))]
         for level, codebook in enumerate(model.codebooks):
             # Fewer rows than dead codewords: the others stay where they are.
             moved = dead[level][: len(residuals)]
             codebook[moved] = residuals[: len(moved)]
-            for value in self.training.optimizer.state[codebook].values():
-                if isinstance(value, Tensor) and value.shape == codebook.shape:
-                    value[moved] = 0
+            reset_moments(self.training.optimizer.state[codebook], moved)
             self.ranks.broadcast(codebook.data)
             state.revived[level] += len(moved)
             residuals = residuals - codebook[squared_distances(residuals, codebook).argmin(dim=1)]
@@ -281,7 +280,11 @@ class _Trainer:
         figures = evaluate(self.training.model, self.job.vectors, self.held_out, batch_size=p.batch_size)
         best = next((found for found in state.evaluations if found["epoch"] == state.best), None)
         state.evaluations.append({"epoch": state.epoch, **figures, "dead_codes": dead})
-        if best is None or _rank_of(p, figures) < _rank_of(p, best):
+        better = torch.tensor(best is None or _rank_of(p, figures) < _rank_of(p, best), dtype=torch.uint8)
+        better = better.to(self.device)
+        # One verdict for all ranks: each judges for itself, and rounding may differ from device to device.
+        self.ranks.broadcast(better)
+        if better:
             state.best, state.worse = state.epoch, 0
             self.training.best_weights = {
                 name: value.detach().clone() for name, value in self.training.model.state_dict().items()
@@ -378,6 +381,23 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, losses: StepLosse
     if math.isfinite(norm):
         optimizer.step()
     return norm
+
+
+def reset_moments(state: Mapping[str, Tensor], moved: Tensor) -> None:
+    """Forget which way codewords went before they were moved, and expect gradients of the others' size.
+
+    Without a size, the first steps of Adam would be several times those of codewords that live.
+
+    Args:
+        state: of a codebook in an optimizer.
+        moved: (m,) which codewords.
+    """
+    for name, value in state.items():
+        if value.ndim == 2:
+            lives = torch.ones(len(value), dtype=torch.bool, device=value.device)
+            lives[moved] = False
+            forgotten = name in ("exp_avg", "momentum_buffer", "grad_avg") or not lives.any()
+            value[moved] = 0 if forgotten else value[lives].mean(dim=0)
 
 
 def rate_of(settings: RqvaeSettings, step: int, steps: int) -> float:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype, format_shape
 from semids.errors import UsageError
@@ -38,6 +38,8 @@ from semids.work import Counts, Work
 
 PART_ROWS = 8 * CHUNK_ROWS
 """Rows that a thread encodes or decodes in one go."""
+LEAST_EPSILON = 1e-4
+"""Smallest smoothing: below, float32 tells no codewords apart but the nearest."""
 NETWORK, LATENT, DECODER = "network", "latent", "decoder"
 DECODER_SETTINGS = {"batch_size", "lr", "weight_decay", "epochs"}
 
@@ -65,9 +67,10 @@ class RqvaeSettings(QuantizerSettings):
     """Codebooks start from k-means on a sample of encoded rows. False: from small random codewords, as published."""
     kmeans_iters: int = Field(100, ge=1, le=1000)
     """Lloyd steps of that start."""
-    sk_epsilons: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    sk_epsilons: tuple[Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)], ...] = ()
     """Smoothing of each level's balanced assignment while training, in halves of the range of distances: 0 takes the
-    nearest codeword, 0.003 to 0.05 uses all codewords of a batch about equally. Empty: 0 on every level."""
+    nearest codeword, 0.003 to 0.05 uses all codewords of a batch about equally; below, 50 iterations do not get there,
+    and from 1 on distances hardly count. At least 0.0001 where it is not 0. Empty: 0 on every level."""
     sk_iters: int = Field(50, ge=1)
     """Sinkhorn iterations of that assignment."""
     beta: float = Field(0.25, ge=0)
@@ -85,8 +88,15 @@ class RqvaeSettings(QuantizerSettings):
     patience: int = Field(5, ge=0)
     """Evaluations in a row without a better one that end the training; 0 takes all epochs."""
     processes: int = Field(1, ge=1, le=64)
-    """Processes on this machine that train together, one a GPU where there are some. Decides no more than how sums are
-    rounded."""
+    """Processes on this machine that train together, one a GPU where there are some. Another number rounds sums
+    otherwise, which may end in other codes; a network that is there is taken as it is, whatever trained it."""
+
+    @field_validator("sk_epsilons")
+    @classmethod
+    def _within_float32(cls, sk_epsilons: tuple[float, ...]) -> tuple[float, ...]:
+        if any(0 < epsilon < LEAST_EPSILON for epsilon in sk_epsilons):
+            raise ValueError(f"expected 0 or at least {LEAST_EPSILON}, got {list(sk_epsilons)}")
+        return sk_epsilons
 
     @model_validator(mode="after")
     def _codebooks_join(self) -> RqvaeSettings:

@@ -25,7 +25,7 @@ from semids.quantizers._rqvae_train import make_model, make_optimizer, update
 from semids.quantizers.rqvae import RqvaeSettings
 from semids.shards import ShardedArray, ShardLayout, shard_name, write_shards
 from tests.benchmarks.measure import Contender, Record, take_turns
-from tests.published_rqvae import Items, PublishedRqvae, published_step
+from tests.published_rqvae import Items, PublishedRqvae, copy_weights, published_step
 
 PART = "rqvae"
 ROWS = 100_000
@@ -105,8 +105,7 @@ def _models(rows: NDArray[np.float16]) -> tuple[RqvaeModel, PublishedRqvae]:
             book.copy_(residuals[level::8][: len(book)])
             residuals = residuals - book[_rqvae_model.squared_distances(residuals, book).argmin(dim=1)]
             published.books[level].weight.copy_(book)
-        published.encoder.load_state_dict(model.encoder.state_dict())
-        published.decoder.load_state_dict(model.decoder.state_dict())
+        copy_weights(model, published)
     return model, published
 
 
