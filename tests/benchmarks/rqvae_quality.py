@@ -120,7 +120,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "quantizer",
         "mapping",
         "collision rate",
-        "excess",
+        "excess, most",
         "codes used, fewest",
         "relative MSE",
         "10-NN recall",
