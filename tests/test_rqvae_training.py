@@ -12,8 +12,10 @@ import torch
 from semids.config import BuildConfig, SweepConfig, make_config
 from semids.errors import DataError, UsageError
 from semids.quantizers import _rqvae_rows, _rqvae_train
+from semids.quantizers._rqvae_evaluation import evaluate
 from semids.quantizers._rqvae_rows import ResidentRows, StreamedRows, hold_out, open_rows
-from semids.quantizers._rqvae_train import Job, Trained, freeze_training, rate_of, reset_moments, train
+from semids.quantizers._rqvae_steps import rate_of, reset_moments
+from semids.quantizers._rqvae_train import Job, Trained, freeze_training, train
 from semids.quantizers.rqvae import Rqvae, RqvaeSettings
 from semids.shards import ShardedArray, ShardLayout
 
@@ -186,7 +188,7 @@ def test_the_best_weights_are_those_of_the_evaluation_that_judges_best(array: Ar
     assert trained.state.best == min(errors, key=lambda epoch: errors[epoch])
     assert len(errors) == 29
     _, held_out = hold_out(np.arange(500), seed=1)
-    again = _rqvae_train.evaluate(trained.model, array, held_out, batch_size=100)
+    again = evaluate(trained.model, array, held_out, batch_size=100)
     assert again["relative_mse"] == errors[trained.state.best]
     by_collisions = fit(array, epochs=60, lr=0.02, patience=0, best_by="collisions").state
     keys = {found["epoch"]: (found["excess_collisions"], found["relative_mse"]) for found in by_collisions.evaluations}

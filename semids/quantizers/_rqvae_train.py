@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from semids.arrays import code_dtype
 from semids.errors import DataError
 from semids.kmeans import fit_codebook, sample_rows, training_budget
-from semids.metrics import measure_ids
 from semids.quantizers._ranks import Ranks
-from semids.quantizers._rqvae_model import RqvaeModel, StepLosses, squared_distances
+from semids.quantizers._rqvae_evaluation import EVALUATION_ROWS, evaluate, rank_of
+from semids.quantizers._rqvae_model import RqvaeModel, squared_distances
 from semids.quantizers._rqvae_rows import (
     RowSource,
     StreamedRows,
@@ -31,6 +30,7 @@ from semids.quantizers._rqvae_rows import (
     read_ahead,
 )
 from semids.quantizers._rqvae_state import Checkpoints, Training, TrainingState
+from semids.quantizers._rqvae_steps import make_model, make_optimizer, rate_of, reset_moments, update
 from semids.quantizers.base import Tensors
 from semids.shards import ShardedArray
 
@@ -41,14 +41,8 @@ CHECKPOINT_SECONDS = 60.0
 """Least time between two checkpoints: what a kill costs at most, besides the step under way."""
 CHECKPOINT_SHARE = 0.02
 """Part of the time that checkpoints may take: large networks are saved less often."""
-CODEBOOK_RATE = 10.0
-"""Learning rate of codewords over that of weights. At 1 they lag behind the encoder: on product vectors, 8 % of error
-more after 80 epochs, and half of the latent error would go if codebooks were fitted again."""
-LARGEST_GRADIENT = 1.0
-"""Norm that gradients are clipped to."""
 REVIVAL_ROWS = 4096
 """Rows among which dead codewords find a new place, at least one a codeword."""
-EVALUATION_ROWS = 8192
 
 Told = Callable[[str, int, int], None]
 """Called as told(what, done, total)."""
@@ -280,7 +274,7 @@ class _Trainer:
         figures = evaluate(self.training.model, self.job.vectors, self.held_out, batch_size=p.batch_size)
         best = next((found for found in state.evaluations if found["epoch"] == state.best), None)
         state.evaluations.append({"epoch": state.epoch, **figures, "dead_codes": dead})
-        better = torch.tensor(best is None or _rank_of(p, figures) < _rank_of(p, best), dtype=torch.uint8)
+        better = torch.tensor(best is None or rank_of(p, figures) < rank_of(p, best), dtype=torch.uint8)
         better = better.to(self.device)
         # One verdict for all ranks: each judges for itself, and rounding may differ from device to device.
         self.ranks.broadcast(better)
@@ -341,137 +335,3 @@ def freeze_training(trained: Trained) -> tuple[Tensors, dict[str, Any]]:
         "evaluations": state.evaluations,
     }
     return {name: np.ascontiguousarray(value.numpy(), dtype=np.float32) for name, value in tensors.items()}, evidence
-
-
-def make_model(sizes: Sequence[int], settings: RqvaeSettings, dimensions: int, *, seed: int) -> RqvaeModel:
-    """Return an untrained network for vectors of so many dimensions."""
-    return RqvaeModel(
-        (dimensions, *settings.layers, settings.e_dim),
-        sizes,
-        sk_epsilons=settings.sk_epsilons or (0.0,) * len(sizes),
-        sk_iters=settings.sk_iters,
-        beta=settings.beta,
-        quant_loss_weight=settings.quant_loss_weight,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def make_optimizer(settings: RqvaeSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of PyTorch that the settings name."""
-    kind: Any = getattr(torch.optim, settings.optimizer)
-    books = [value for name, value in model.named_parameters() if name.startswith("codebooks.")]
-    others = [value for name, value in model.named_parameters() if not name.startswith("codebooks.")]
-    groups = [{"params": others, "rate": 1.0}, {"params": books, "rate": CODEBOOK_RATE}]
-    # One pass over the weights instead of one an operation; RMSprop has none such.
-    fused = {} if settings.optimizer == "RMSprop" else {"fused": True}
-    return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, **fused)
-
-
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, losses: StepLosses, *, parts: int = 1) -> float:
-    """Compute gradients, clipped to a norm of 1, and take an optimizer's step; return the norm before.
-
-    Nothing is changed where the norm is no number.
-
-    Args:
-        parts: ranks over which gradients are averaged: each one's loss is its part of a sum.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    (losses.total * parts).backward()
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT))
-    if math.isfinite(norm):
-        optimizer.step()
-    return norm
-
-
-def reset_moments(state: Mapping[str, Tensor], moved: Tensor) -> None:
-    """Forget which way codewords went before they were moved, and expect gradients of the others' size.
-
-    Without a size, the first steps of Adam would be several times those of codewords that live.
-
-    Args:
-        state: of a codebook in an optimizer.
-        moved: (m,) which codewords.
-    """
-    for name, value in state.items():
-        if value.ndim == 2:
-            lives = torch.ones(len(value), dtype=torch.bool, device=value.device)
-            lives[moved] = False
-            forgotten = name in ("exp_avg", "momentum_buffer", "grad_avg") or not lives.any()
-            value[moved] = 0 if forgotten else value[lives].mean(dim=0)
-
-
-def rate_of(settings: RqvaeSettings, step: int, steps: int) -> float:
-    """Return the learning rate of a step, counted from 0, over the largest.
-
-    It rises over the warm-up; then it stays (constant), falls to 0 in proportion (linear), or in half a cosine.
-
-    Args:
-        steps: of an epoch.
-    """
-    warmup = settings.warmup_epochs * steps
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, settings.epochs * steps - warmup)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.lr_scheduler]
-
-
-@torch.no_grad()
-def evaluate(model: RqvaeModel, vectors: ShardedArray, rows: NDArray[np.int64], *, batch_size: int) -> dict[str, Any]:
-    """Return figures of distinct contents under the mapping nearest, as JSON.
-
-    Args:
-        rows: (m,) int64, of the vectors.
-        batch_size: rows that training assigns together: where it balances, codes depend on it.
-    """
-    device = model.mean.device
-    codes: list[NDArray[Any]] = []
-    errors = squares = agreeing = 0.0
-    sums = torch.zeros(model.mean.shape, dtype=torch.float64, device=device)
-    dtype = code_dtype([len(book) for book in model.codebooks])
-    source = StreamedRows(vectors, rows)
-    places = np.arange(len(rows))
-    batches = [places[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    for batch in read_ahead(source.read, batches, device):
-        for part in batch.split(EVALUATION_ROWS):
-            latents = model.encode(part)
-            nearest = model.nearest(latents)
-            # Deviations from the training mean: sums of squares lose fewer digits.
-            apart = (part - model.mean).double()
-            errors += float((part - model.decode(model.look_up(nearest))).square().sum(dtype=torch.float64))
-            squares += float(apart.square().sum())
-            sums += apart.sum(dim=0)
-            codes.append(nearest.cpu().numpy().astype(dtype))
-        agreeing += _agreement(model, batch)
-    sizes = tuple(len(book) for book in model.codebooks)
-    ids = measure_ids(codes, [np.ones(len(part), np.uint32) for part in codes], sizes=sizes)
-    spread = squares - float(sums.square().sum()) / len(rows)
-    return {
-        "contents": len(rows),
-        "collision_rate": ids.collision_rate,
-        "floor": ids.floor,
-        "excess_collisions": ids.excess_collisions,
-        "codes_used": [level.codes_used for level in ids.levels],
-        "perplexity": [level.perplexity for level in ids.levels],
-        "relative_mse": errors / spread if spread > 0 else None,
-        "agreement": agreeing / len(rows),
-    }
-
-
-def _agreement(model: RqvaeModel, batch: Tensor) -> float:
-    """Return how many rows of a batch get the same codes in training as under the mapping nearest."""
-    if not any(model.sk_epsilons):
-        return float(len(batch))
-    latents = model.encode(batch)
-    nearest, residuals = model.nearest(latents), latents
-    same = torch.ones(len(batch), dtype=torch.bool, device=batch.device)
-    for level, codebook in enumerate(model.codebooks):
-        codes = model.choose(residuals, level, alone=True)
-        same &= codes == nearest[:, level]
-        residuals = residuals - codebook[codes]
-    return float(same.sum())
-
-
-def _rank_of(settings: RqvaeSettings, figures: dict[str, Any]) -> tuple[float, ...]:
-    """Return what orders evaluations, the better first."""
-    error = figures["relative_mse"] if figures["relative_mse"] is not None else math.inf
-    return (figures["excess_collisions"], error) if settings.best_by == "collisions" else (error,)

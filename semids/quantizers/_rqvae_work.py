@@ -48,7 +48,7 @@ def stepping(
     def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
         import torch
 
-        from semids.quantizers._rqvae_train import make_model, make_optimizer, update
+        from semids.quantizers._rqvae_steps import make_model, make_optimizer, update
 
         model = make_model(sizes, settings, dimensions, seed=0)
         optimizer = make_optimizer(settings, model)

@@ -21,7 +21,7 @@ from semids.quantizers import _rqvae_model
 from semids.quantizers._ranks import Ranks
 from semids.quantizers._rqvae_model import RqvaeModel
 from semids.quantizers._rqvae_rows import StreamedRows, batch_places, epoch_order, read_ahead
-from semids.quantizers._rqvae_train import make_model, make_optimizer, update
+from semids.quantizers._rqvae_steps import make_model, make_optimizer, update
 from semids.quantizers.rqvae import RqvaeSettings
 from semids.shards import ShardedArray, ShardLayout, shard_name, write_shards
 from tests.benchmarks.measure import Contender, Record, take_turns
