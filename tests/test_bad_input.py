@@ -53,7 +53,7 @@ OPTIONS: list[tuple[list[str], int, str]] = [
     (["--shape", "x".join(["2"] * 26)], USAGE, "shape: expected at most 25 levels .*, got 26"),
     (["--mapping", "capacity", "--shape", "x".join(["256"] * 8)], USAGE, "numbers IDs with 63 bits"),
     (["--mapping", "even"], USAGE, "mapping: Input should be 'nearest', 'uniform' or 'capacity'"),
-    (["--quantizer", "rq"], USAGE, "quantizer: expected one of residual_kmeans, got 'rq'"),
+    (["--quantizer", "rq"], USAGE, "quantizer: expected one of residual_kmeans, rqvae, got 'rq'"),
     (["--seed", "-1"], USAGE, "seed: Input should be greater than or equal to 0"),
     (["--seed", "x"], USAGE, "seed: Input should be a valid integer"),
     (["--out", "a\0b"], USAGE, "out: expected a folder, got an empty name or one with a NUL character"),
