@@ -65,7 +65,8 @@ def train_together(job: Job, told: Told, processes: int) -> tuple[Tensors, dict[
     commit_bytes(folder / JOB, json.dumps(described).encode())
     threads = str(max(1, thread_count() // processes))
     # Ranks of one machine meet on its own address, which needs no name service.
-    environment = {"GLOO_SOCKET_IFNAME": "lo"} | dict(os.environ) | {"OMP_NUM_THREADS": threads}
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    environment = {"GLOO_SOCKET_IFNAME": loopback} | dict(os.environ) | {"OMP_NUM_THREADS": threads}
     command = [sys.executable, "-m", __name__, str(folder / JOB)]
     # In a session of its own: an interrupt from the keyboard is this process's to handle.
     with subprocess.Popen(
