@@ -36,8 +36,3 @@ class Ranks:
         """Overwrite with the values of rank 0."""
         if self.world > 1:
             torch.distributed.broadcast(values, 0)
-
-    def wait(self) -> None:
-        """Return when every rank has come here."""
-        if self.world > 1:
-            torch.distributed.barrier()

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from semids.arrays import Codes
 from semids.quantizers._ranks import Ranks
-from semids.quantizers._rqvae_model import make_layers
+from semids.quantizers._rqvae_model import decoder_tensors, make_layers
 from semids.quantizers._rqvae_rows import batch_places, epoch_order, open_rows, read_ahead
 from semids.quantizers.base import Tensors, TrainingData
 from semids.residual import ResidualCodebooks
@@ -70,7 +69,8 @@ def fit_decoder(
             taken += 1
             done(taken, steps)
         losses /= len(places)
-    return _close_decoder(decoder, mean, scale), losses
+    fitted = decoder_tensors(decoder, mean, scale)
+    return {name: np.ascontiguousarray(value.cpu().numpy()) for name, value in fitted.items()}, losses
 
 
 def _open_decoder(network: Tensors, device: torch.device) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -88,18 +88,6 @@ def _open_decoder(network: Tensors, device: torch.device) -> tuple[nn.Sequential
         last.weight *= scale.cpu()
         last.bias.sub_(mean.cpu()).mul_(scale.cpu())
     return decoder.to(device), mean, scale
-
-
-def _close_decoder(decoder: nn.Sequential, mean: Tensor, scale: Tensor) -> Tensors:
-    tensors: dict[str, NDArray[np.float32]] = {}
-    linear = _linear(decoder)
-    for number, layer in enumerate(linear, start=1):
-        weight, bias = layer.weight.detach().T, layer.bias.detach()
-        if number == len(linear):
-            weight, bias = weight / scale, bias / scale + mean
-        tensors[f"decoder_weight_{number}"] = np.ascontiguousarray(weight.cpu().numpy())
-        tensors[f"decoder_bias_{number}"] = np.ascontiguousarray(bias.cpu().numpy())
-    return dict(tensors)
 
 
 def _linear(network: nn.Sequential) -> list[nn.Linear]:

@@ -120,10 +120,10 @@ class RqvaeModel(nn.Module):
         for level, codebook in enumerate(self.codebooks):
             codes.append(self.choose(residuals.detach(), level))
             chosen = codebook[codes[-1]]
-            commitment = (chosen.detach() - residuals).square().sum() if level == 0 else 0.0
             fit = (chosen - residuals.detach()).square().sum()
-            # The same number, without the part that has no gradient.
-            quantization = quantization + fit + self.beta * (commitment if level == 0 else fit.detach())
+            # Later levels' is the same number, without the part that has no gradient.
+            commitment = (chosen.detach() - residuals).square().sum() if level == 0 else fit.detach()
+            quantization = quantization + fit + self.beta * commitment
             rounded = rounded + chosen.detach()
             residuals = (residuals - chosen).detach()
         # The value of the codewords, and the gradient of the latents.
@@ -170,6 +170,25 @@ def make_layers(widths: Sequence[int], generator: torch.Generator) -> nn.Sequent
         nn.init.zeros_(layer.bias)
         layers.append(layer)
     return nn.Sequential(*layers)
+
+
+def layer_tensors(name: str, network: nn.Sequential) -> dict[str, Tensor]:
+    """Return `NAME_weight_i` (d_in, d_out) and `NAME_bias_i` of a network's linear layers i from 1, detached."""
+    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+    return {
+        f"{name}_{part}_{number}": value
+        for number, layer in enumerate(linear, start=1)
+        for part, value in (("weight", layer.weight.detach().T), ("bias", layer.bias.detach()))
+    }
+
+
+def decoder_tensors(decoder: nn.Sequential, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a decoder of standardised rows as those of one of rows as they come."""
+    tensors = layer_tensors("decoder", decoder)
+    last = len(tensors) // 2
+    tensors[f"decoder_weight_{last}"] = tensors[f"decoder_weight_{last}"] / scale
+    tensors[f"decoder_bias_{last}"] = tensors[f"decoder_bias_{last}"] / scale + mean
+    return tensors
 
 
 class Layer(nn.Linear):

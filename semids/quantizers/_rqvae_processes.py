@@ -82,9 +82,10 @@ def train_together(job: Job, told: Told, processes: int) -> tuple[Tensors, dict[
     if (folder / OUTCOME).exists():
         return load_file(folder / TENSORS), read_sealed_json(folder / OUTCOME)
     failure = read_sealed_json(folder / FAILURE) if (folder / FAILURE).exists() else {}
-    kind = DataError if failure.get("kind") == "DataError" else ProcessError
+    if failure.get("kind") == "DataError":
+        raise DataError(failure["message"])
     ended = f"the processes that train the RQ-VAE ended with {launcher.returncode} and left no message"
-    raise kind(f"{failure.get('message', ended)}; run again: training goes on from its last checkpoint")
+    raise ProcessError(f"{failure.get('message', ended)}; run again: training goes on from its last checkpoint")
 
 
 def _save_rows(path: Path, rows: Any) -> None:

@@ -19,7 +19,7 @@ from semids.errors import DataError
 from semids.kmeans import fit_codebook, sample_rows, training_budget
 from semids.quantizers._ranks import Ranks
 from semids.quantizers._rqvae_evaluation import EVALUATION_ROWS, evaluate, rank_of
-from semids.quantizers._rqvae_model import RqvaeModel, squared_distances
+from semids.quantizers._rqvae_model import RqvaeModel, decoder_tensors, layer_tensors, squared_distances
 from semids.quantizers._rqvae_rows import (
     RowSource,
     StreamedRows,
@@ -312,17 +312,9 @@ def freeze_training(trained: Trained) -> tuple[Tensors, dict[str, Any]]:
     already; float32.
     """
     model, state = trained.model.cpu().double(), trained.state
-    tensors: dict[str, Tensor] = {}
-    for name, network in (("encoder", model.encoder), ("decoder", model.decoder)):
-        linear = [layer for layer in network if isinstance(layer, nn.Linear)]
-        for number, layer in enumerate(linear, start=1):
-            weight, bias = layer.weight.detach().T, layer.bias.detach()
-            if name == "encoder" and number == 1:
-                weight = weight * model.scale
-                bias = bias - model.mean @ weight
-            elif name == "decoder" and number == len(linear):
-                weight, bias = weight / model.scale, bias / model.scale + model.mean
-            tensors |= {f"{name}_weight_{number}": weight, f"{name}_bias_{number}": bias}
+    tensors = layer_tensors("encoder", model.encoder) | decoder_tensors(model.decoder, model.mean, model.scale)
+    tensors["encoder_weight_1"] = tensors["encoder_weight_1"] * model.scale
+    tensors["encoder_bias_1"] = tensors["encoder_bias_1"] - model.mean @ tensors["encoder_weight_1"]
     tensors |= {"mean": model.mean, "scale": model.scale}
     tensors |= {f"codebook_{level}": book.detach() for level, book in enumerate(model.codebooks, start=1)}
     evidence = {
