@@ -9,7 +9,8 @@ import sys
 
 from prefect import flow
 
-from tasks.cells import CellOutcome, own_run_folder, print_outcome, publish
+from tasks.artifacts import publish
+from tasks.outcomes import CellOutcome, own_run_folder, print_outcome
 from tasks.parameters import BuildConfig, start
 from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogue, train_quantizer, write_report
 

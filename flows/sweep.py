@@ -12,7 +12,8 @@ from prefect import flow, task
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks.cells import CellOutcome, collect, compare, find_cell, own_run_folder, print_comparison, publish, sweep_state
+from tasks.artifacts import compare, publish
+from tasks.outcomes import CellOutcome, collect, own_run_folder, print_comparison, sweep_state
 from tasks.parameters import BuildConfig, Ref, SweepConfig, start
 from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogue, train_quantizer, write_report
 
@@ -26,19 +27,19 @@ def cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
     codes = encode_vectors(config, items, vectors, model)
     ids = assign_ids(config, items, codes)
     report = write_report(config, items, vectors, model, codes)
-    return CellOutcome(label=config.label, model=model, ids=ids, report=report)
+    outcome = CellOutcome(label=config.label, model=model, ids=ids, report=report)
+    publish(config, outcome)
+    return outcome
 
 
 @task(task_run_name="cell {config.label}", persist_result=False, result_serializer="json")
 def run_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
-    """Run a cell as a flow with a page of its own, or find that nothing is left to do.
+    """Run a cell as a flow with a page of its own.
 
-    A retried sweep matches subflows by the order of their calls, which threads do not keep; this task finds
-    a cell by its files instead, so no cell ever gets the outcome of another.
+    A sweep that is retried matches subflows by the order of their calls, which threads do not keep, and would hand a
+    cell the kept result of another: neither cells nor these tasks keep theirs. Stages do, by what they depend on.
     """
-    outcome = find_cell(config, items, vectors) or cell(config, items, vectors)
-    publish(config, outcome)
-    return outcome
+    return cell(config, items, vectors)
 
 
 @flow(

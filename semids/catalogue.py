@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from semids.errors import UsageError
 from semids.readers import BATCH_ROWS, Columns, find_files, open_parquet, read_batches, read_kinds, reading
-from semids.settings import Settings
+from semids.settings import OptionalText, Settings
 from semids.store import digest_file
 
 TEXT_COLUMN = "text"
@@ -21,25 +21,28 @@ TEXT_COLUMN = "text"
 class CatalogueSettings(Settings):
     """Where the items are, and which of their columns are used for what."""
 
-    path: str
+    model_config = ConfigDict(title="Catalogue")
+    form_order = ("path", "template", "text_column", "vector_column")
+
+    path: str = Field(title="Files")
     """File, folder or glob of Parquet, JSONL or CSV files (the latter two also .gz or .zst), or of .npy vectors."""
-    id_column: str = "item_id"
+    id_column: str = Field(default="item_id", title="Item ID column")
     """Column of whole numbers or strings that names each item once; the items of .npy files are named by their row."""
-    text_column: str | None = None
+    text_column: OptionalText = None
     """Column whose text is embedded; use either this or the template."""
-    template: str | None = None
+    template: OptionalText = None
     """Text built from columns in braces, such as {title}, on lines that drop out when a column they name is missing."""
-    vector_column: str | None = None
+    vector_column: OptionalText = None
     """Parquet column of finished embeddings, used instead of a text."""
-    split_column: str | None = None
+    split_column: OptionalText = None
     """Column that says which split an item belongs to (16 at most); without it all items are in the training split."""
-    brand_column: str | None = None
+    brand_column: OptionalText = None
     """Column of the brand, used with the category column to count products."""
-    category_column: str | None = None
+    category_column: OptionalText = None
     """Column of the category, used with the brand column to count products."""
-    train_split: str = "train"
+    train_split: str = Field(default="train", title="Training split")
     """Name of the split that codebooks are trained on."""
-    max_quarantine_fraction: float = Field(default=0.01, ge=0, le=1)
+    max_quarantine_fraction: float = Field(default=0.01, ge=0, le=1, title="Unusable items allowed (fraction)")
     """Largest part of the items, from 0 to 1, that may be unusable and set aside before the run is refused."""
 
     @field_validator("path")

@@ -11,6 +11,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     ValidationError,
     WithJsonSchema,
@@ -60,10 +61,23 @@ def _usable_shape(shape: str) -> str:
     return format_shape(sizes)
 
 
+def _bound(value: Any) -> Any:
+    # A form has a box of text for it.
+    if not isinstance(value, str) or value == "auto":
+        return value
+    return None if value.strip().lower() in ("", "none") else value.strip()
+
+
 QuantizerName = Annotated[
     str, AfterValidator(_known_quantizer), WithJsonSchema({"type": "string", "enum": list(QUANTIZERS)})
 ]
-Shape = Annotated[str, BeforeValidator(_shape_of_one_level), AfterValidator(_usable_shape)]
+Shape = Annotated[
+    str,
+    BeforeValidator(_shape_of_one_level),
+    AfterValidator(_usable_shape),
+    WithJsonSchema({"type": "string", "pattern": r"^\s*[0-9]+(\s*[xX]\s*[0-9]+)*\s*$"}),
+]
+AS_TEXT = (BeforeValidator(_bound), WithJsonSchema({"type": "string"}))
 
 if TYPE_CHECKING:
     AnyEmbedderSettings = EmbedderSettings
@@ -77,31 +91,44 @@ else:
         "QuantizerOptions",
         __base__=Settings,
         __doc__="How each quantizer trains.",
-        **{name: (member.settings_type, member.settings_type()) for name, member in QUANTIZERS.items()},
+        **{
+            name: (
+                member.settings_type,
+                Field(member.settings_type(), title=member.settings_type.model_config.get("title")),
+            )
+            for name, member in QUANTIZERS.items()
+        },
     )
 
 
 class CommonConfig(Settings):
     """What one configuration and a sweep of them have in common."""
 
+    form_order = ("catalogue", "embedder", "out", "seed")
+
     catalogue: CatalogueSettings
     """The items, and where their texts or vectors are."""
-    embedder: AnyEmbedderSettings = Field(default_factory=lambda: EMBEDDERS["transformer"].settings_type())
+    embedder: AnyEmbedderSettings = Field(
+        default_factory=lambda: EMBEDDERS["transformer"].settings_type(), title="Embedding model"
+    )
     """The model that turns texts into vectors; unused where the catalogue holds vectors."""
-    options: QuantizerOptions = Field(default_factory=QuantizerOptions)
+    options: QuantizerOptions = Field(default_factory=QuantizerOptions, title="Training")
     """How each quantizer trains."""
     suffix: bool = False
     """Add a last token that makes every item's ID unique (TIGER's way of resolving collisions)."""
-    max_contents_per_id: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
-    """Distinct contents that may share an ID under the mapping capacity: 1 allows no collision, empty sets no limit,
+    max_contents_per_id: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, *AS_TEXT] = "auto"
+    """Distinct contents that may share an ID under the mapping capacity: 1 allows no collision, none sets no limit,
     and auto takes the least that the numbers of contents and of IDs allow."""
-    min_contents_per_id: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    min_contents_per_id: Annotated[Literal["auto"] | Annotated[int, Field(ge=0)], *AS_TEXT] = "auto"
     """Distinct contents that every ID must have under the mapping capacity: auto takes 1 where there are enough of
     them, else 0."""
-    seed: int = Field(0, ge=0, lt=1 << 31)
+    seed: int = Field(0, ge=0, lt=1 << 31, title="Random seed")
     """Decides samples and starts: the same seed gives the same IDs."""
-    out: str = "runs"
-    """Run folder. What it already holds is reused; another process may not write to it at the same time."""
+    alarm_collision_rate: float = Field(1.0, ge=0, le=1, title="Alarm above this collision rate")
+    """A configuration that ends above it raises an event, of which an automation may make a message: from 0 to 1, which
+    never does. Under the mapping capacity, contents that collide where IDs suffice raise one in any case."""
+    out: str = Field("runs", title="Run folder")
+    """What it already holds is reused; another process may not write to it at the same time."""
 
     @field_validator("out")
     @classmethod
@@ -124,6 +151,8 @@ def _check_settings(config: CommonConfig, quantizer: str, shape: str) -> None:
 
 class BuildConfig(CommonConfig):
     """One configuration: a catalogue, a model, a shape, a mapping, a quantizer."""
+
+    form_order = ("shape", "mapping", "quantizer", *CommonConfig.form_order)
 
     shape: Shape = "256x256x256"
     """Codebook sizes, first level first, joined by x."""
@@ -184,6 +213,8 @@ class BuildConfig(CommonConfig):
 class SweepConfig(CommonConfig):
     """Every combination of shapes, mappings and quantizers over one catalogue and one model."""
 
+    form_order = ("shapes", "mappings", "quantizers", *CommonConfig.form_order)
+
     shapes: list[Shape] = Field(default=list(SIX_SHAPES), min_length=1)
     """Codebook sizes of each shape, first level first, joined by x."""
     mappings: list[MappingName] = Field(default=list(MAPPINGS), min_length=1)
@@ -202,7 +233,13 @@ class SweepConfig(CommonConfig):
     @property
     def label(self) -> str:
         """The sweep in a few words."""
-        return f"{Path(self.catalogue.path).stem} · {len(self.shapes)} shapes × {len(self.mappings)} mappings"
+        lists = {"shape": self.shapes, "mapping": self.mappings, "quantizer": self.quantizers}
+        counts = [
+            f"{len(values)} {name}{'s' * (len(values) > 1)}"
+            for name, values in lists.items()
+            if len(values) > 1 or name != "quantizer"
+        ]
+        return f"{Path(self.catalogue.path).stem} · {' × '.join(counts)}"
 
     def cells(self) -> list[BuildConfig]:
         """Return one configuration a combination that exists, without repetition, in the order given."""
@@ -216,7 +253,23 @@ class SweepConfig(CommonConfig):
         ]
 
 
-def read_config(path: Path | str, kind: type[BuildConfig] | type[SweepConfig]) -> Any:
+class EncodeConfig(Settings):
+    """New items that are to get their IDs from a model that is there."""
+
+    model_config = ConfigDict(title="New items")
+
+    new_items: str = Field(title="Files")
+    """File, folder or glob with the new items, in columns named as those of the catalogue the model was trained on."""
+    model: str = Field(title="Model folder")
+    """The folder `model` among the results of a build or of a cell of a sweep."""
+    unique: bool = Field(default=False, title="Unique IDs")
+    """Every content that the model does not know gets an ID that no content has yet, and the model shown with the
+    results knows them. Otherwise it gets the ID that the frozen codebooks give, which may be taken."""
+    out: str = Field(default="runs/encoded", title="Run folder")
+    """What it already holds is reused; another process may not write to it at the same time."""
+
+
+def read_config(path: Path | str, kind: type[Settings]) -> Any:
     """Return the configuration in a YAML file.
 
     Raises:
@@ -242,7 +295,7 @@ def read_values(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def make_config(kind: type[BuildConfig] | type[SweepConfig], values: dict[str, Any], *, source: str) -> Any:
+def make_config(kind: type[Settings], values: dict[str, Any], *, source: str) -> Any:
     """Return the configuration of the given values.
 
     Raises:

@@ -74,7 +74,9 @@ def publish(config: BuildConfig, refs: CellRefs, *, encoded: bool = False) -> Pa
     links = {"model": Path(refs.model.path)}
     for ref in (refs.ids, refs.report):
         links |= {name: Path(ref.path) / name for name in StageReader(ref.path).manifest["files"]}
-    made_by = config.model_dump(mode="json") | ({"model": refs.model.fingerprint} if encoded else {})
+    made_by = config.model_dump(mode="json", exclude={"alarm_collision_rate"})
+    made_by["options"] = {config.quantizer: made_by["options"][config.quantizer]}
+    made_by |= {"model": refs.model.fingerprint} if encoded else {}
     record: dict[str, Any] = {"made_by": made_by, "links": {n: os.path.relpath(to, shown) for n, to in links.items()}}
     before = _read_record(shown)
     _warn_of_another(shown, before, made_by)

@@ -13,7 +13,7 @@ from semids.progress import Progress
 from semids.readers import find_files
 from semids.reporting import write_report
 from semids.results import CellRefs
-from semids.stages import MANIFEST, Ref, Stage, StageReader, find_stage, reference, run_stage
+from semids.stages import MANIFEST, Ref, StageReader, reference, run_stage
 
 
 def local_runner(folder: Path, progress: Progress) -> Runner:
@@ -23,18 +23,6 @@ def local_runner(folder: Path, progress: Progress) -> Runner:
 
 class NotMadeError(Exception):
     """A stage has not been run yet."""
-
-
-def finding_runner(folder: Path) -> Runner:
-    """Return a runner that runs nothing: it finds a stage's outputs, or raises NotMadeError."""
-
-    def find(stage: Stage) -> Ref:
-        found = find_stage(folder, stage)
-        if found is None:
-            raise NotMadeError(stage.title)
-        return found
-
-    return find
 
 
 def build(config: BuildConfig, run: Runner) -> CellRefs:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from semids import runs
 from semids.cli import exit_code_of
-from semids.config import BuildConfig, SweepConfig, read_config
+from semids.config import BuildConfig, EncodeConfig, SweepConfig, make_config, read_config
 from semids.errors import UsageError
 from semids.stages import Ref
 
-__all__ = ["BuildConfig", "Ref", "SweepConfig", "start"]
+__all__ = ["BuildConfig", "EncodeConfig", "Ref", "SweepConfig", "configure_encoding", "start"]
 
 
-def start(kind: type[BuildConfig] | type[SweepConfig], run: Callable[[Any], int]) -> int:
+def configure_encoding(config: EncodeConfig) -> BuildConfig:
+    """Return the configuration that gives new items their IDs as the model's own items got theirs.
+
+    Raises:
+        UsageError: the folder holds something other than a model, or there are no new items.
+        CorruptionError: the folder holds no whole model.
+    """
+    values = runs.encoding_config(Path(config.model), config.new_items)
+    return make_config(BuildConfig, values | {"out": config.out}, source=config.model)
+
+
+def start(kind: type[BuildConfig | SweepConfig | EncodeConfig], run: Callable[[Any], int]) -> int:
     """Run a flow on the configuration file that the command line names, and return the exit code.
 
     Wrong usage ends with the command line's own code and message; an error within the flow, which Prefect has logged,

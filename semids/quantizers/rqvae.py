@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype, format_shape
 from semids.errors import UsageError
@@ -46,6 +46,9 @@ DECODER_SETTINGS = {"batch_size", "lr", "weight_decay", "epochs"}
 
 class RqvaeSettings(QuantizerSettings):
     """How an RQ-VAE is built and trained, by the names that LC-Rec gave."""
+
+    # The field's own names are what people look for.
+    model_config = ConfigDict(title="RQ-VAE", field_title_generator=lambda name, field: name)
 
     layers: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = (512, 256, 128)
     """Widths of the encoder's hidden layers, from the vectors on; the decoder has them in reverse. The width of the

@@ -1,36 +1,26 @@
-"""Cells: what a configuration leaves, how the dashboard shows it, and how a sweep compares several."""
+"""What a configuration leaves, and what a flow that ran some of them ends with."""
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
-from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict
 
-from semids import results, runs
+from semids import results
 from semids.config import BuildConfig, CommonConfig, SweepConfig
 from semids.errors import SemidsError
-from semids.page import render_markdown
-from semids.plots import plot_comparison
-from semids.report import FailedCell, comparison_rows, format_table, render_comparison
+from semids.report import FailedCell, comparison_rows, format_table
 from semids.reporting import read_report
-from semids.stages import Ref, StageReader
+from semids.stages import Ref
 from semids.store import run_lock
-
-COMPARISON_KEY = "sweep-comparison"
 
 
 class CellOutcome(BaseModel):
@@ -53,46 +43,6 @@ def own_run_folder(config: CommonConfig) -> AbstractContextManager[None]:
     return run_lock(Path(config.out))
 
 
-def find_cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome | None:
-    """Return what an earlier run left of a cell, if every file of it is there and as it was written."""
-    try:
-        refs = runs.build_cell(config, items, vectors, runs.finding_runner(Path(config.out)))
-    except runs.NotMadeError:
-        return None
-    get_run_logger().info("%s: nothing to do, every file is there", config.label)
-    return CellOutcome(label=config.label, model=refs.model, ids=refs.ids, report=refs.report)
-
-
-@task(task_run_name="publish {outcome.label}", cache_policy=NO_CACHE, result_serializer="json")
-def publish(config: BuildConfig, outcome: CellOutcome) -> None:
-    """Show a cell: links in the run folder's results, and its report as artifacts with stable keys."""
-    results.publish(config, outcome.refs())
-    reader = StageReader(outcome.report.path)
-    report = read_report(outcome.report)
-
-    def image(name: str) -> str:
-        return _data_uri(reader.path(f"{name}.png").read_bytes())
-
-    key = re.sub(r"[^a-z0-9]+", "-", outcome.label.lower())
-    create_markdown_artifact(
-        render_markdown(report, image), key=f"report-{key}", description=f"Collision report of {outcome.label}"
-    )
-    levels = [
-        {name: value for name, value in level.items() if name != "load_curve"} for level in report.to_dict()["levels"]
-    ]
-    create_table_artifact(
-        levels, key=f"levels-{key}", description=f"Codes used and load of each level, {outcome.label}"
-    )
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _with_plot(table: str, image: str | None) -> str:
-    return f"{table}\n![Collision rate against relative MSE]({image})\n" if image else table
-
-
 def collect(
     cells: Sequence[BuildConfig], futures: Sequence[PrefectFuture[CellOutcome]]
 ) -> list[CellOutcome | FailedCell]:
@@ -106,29 +56,6 @@ def collect(
         else:
             outcomes.append(FailedCell(config.label, f"{type(result).__name__}: {result}"))
     return outcomes
-
-
-@task(task_run_name="compare the cells", cache_policy=NO_CACHE, result_serializer="json")
-def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -> None:
-    """Write the comparison beside the results, and show it under one key, whose page is the history of sweeps."""
-    folder = results.results_folder(config)
-    rows = comparison_rows(
-        outcome if isinstance(outcome, FailedCell) else read_report(outcome.report) for outcome in outcomes
-    )
-    plot = plot_comparison(rows)
-    table = render_comparison(rows)
-    files = {
-        "comparison.json": (json.dumps(rows, indent=1) + "\n").encode(),
-        "comparison.md": _with_plot(table, "comparison.png" if plot else None).encode(),
-    } | ({"comparison.png": plot} if plot else {})
-    results.show_files(folder, files)
-    create_markdown_artifact(
-        _with_plot(table, _data_uri(plot) if plot else None),
-        key=COMPARISON_KEY,
-        description=f"Comparison of {len(rows)} cells",
-    )
-    create_table_artifact(rows, key=f"{COMPARISON_KEY}-table", description=f"Figures of {len(rows)} cells")
-    get_run_logger().info("Compared %d cells: %s", len(rows), folder / "comparison.md")
 
 
 def sweep_state(outcomes: Sequence[CellOutcome | FailedCell]) -> State[Any]:

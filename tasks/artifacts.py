@@ -1,0 +1,130 @@
+"""What the dashboard shows of a cell and of a sweep, and the events it raises."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
+from prefect.logging import get_run_logger
+
+from semids import results
+from semids.config import BuildConfig, CommonConfig, SweepConfig
+from semids.page import describe_collisions, render_markdown
+from semids.plots import plot_comparison
+from semids.report import FailedCell, Report, comparison_rows, render_comparison
+from semids.reporting import read_report
+from semids.stages import StageReader
+from semids.text import escape_markdown
+from tasks.outcomes import CellOutcome
+
+TOO_MANY_COLLISIONS = "semids.collision-rate.exceeded"
+NEEDLESS_COLLISIONS = "semids.excess-collisions.found"
+
+
+@task(task_run_name="publish {outcome.label}", cache_policy=NO_CACHE, result_serializer="json")
+def publish(config: BuildConfig, outcome: CellOutcome, *, encoded: bool = False) -> None:
+    """Show a configuration: links in the run folder's results, and its report under a key that stays the same.
+
+    Args:
+        encoded: the IDs are those that a frozen model gave to new items.
+    """
+    results.publish(config, outcome.refs(), encoded=encoded)
+    report = read_report(outcome.report)
+    reader = StageReader(outcome.report.path)
+    create_markdown_artifact(
+        render_markdown(report, lambda name: _data_uri(reader.path(f"{name}.png").read_bytes())),
+        key=_report_key(config, outcome.label),
+        description=describe_collisions(report.overall.ids),
+    )
+    raise_alarms(config, report)
+
+
+def raise_alarms(config: BuildConfig, report: Report) -> None:
+    """Emit an event if more collide than the configuration allows, or than there need to."""
+    ids = report.overall.ids
+    resource = {
+        "prefect.resource.id": f"semids.{_report_key(config, config.label)}",
+        "prefect.resource.name": config.label,
+    }
+    figures = {"collision_rate": ids.collision_rate, "floor": ids.floor, "excess_collisions": ids.excess_collisions}
+    if (ids.collision_rate or 0) > config.alarm_collision_rate:
+        emit_event(TOO_MANY_COLLISIONS, resource, payload={**figures, "limit": config.alarm_collision_rate})
+        get_run_logger().warning(
+            "%s: the collision rate %.4f is above %g, the limit set for this run",
+            config.label,
+            ids.collision_rate,
+            config.alarm_collision_rate,
+        )
+    each_its_own = config.mapping == "capacity" and config.max_contents_per_id in ("auto", 1)
+    if each_its_own and ids.capacity_ratio and ids.capacity_ratio >= 1 and ids.excess_collisions:
+        emit_event(NEEDLESS_COLLISIONS, resource, payload=figures)
+        get_run_logger().warning(
+            "%s: %s distinct contents share an ID although there are enough", config.label, ids.excess_collisions
+        )
+
+
+@task(task_run_name="compare the cells", cache_policy=NO_CACHE, result_serializer="json")
+def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -> None:
+    """Write the comparison beside the results, and show it as the sweep's one artifact: table, plot, then reports.
+
+    A run's page has no order of artifacts, so that those of the cells are on the cells' own pages.
+    """
+    folder = results.results_folder(config)
+    rows = comparison_rows(
+        outcome if isinstance(outcome, FailedCell) else read_report(outcome.report) for outcome in outcomes
+    )
+    plot = plot_comparison(rows)
+    table = render_comparison(rows)
+    files = {
+        "comparison.json": (json.dumps(rows, indent=1) + "\n").encode(),
+        "comparison.md": _with_plot(table, "comparison.png" if plot else None).encode(),
+    } | ({"comparison.png": plot} if plot else {})
+    results.show_files(folder, files)
+    done = [outcome for outcome in outcomes if isinstance(outcome, CellOutcome)]
+    create_markdown_artifact(
+        f"# {escape_markdown(config.label)}\n\n"
+        + _with_plot(table, _data_uri(plot) if plot else None)
+        + _list_reports(config, done),
+        key=_key("comparison", config),
+        description=_describe_comparison(rows),
+    )
+    get_run_logger().info("Compared %d cells: %s", len(rows), folder / "comparison.md")
+
+
+def _describe_comparison(rows: Sequence[dict[str, Any]]) -> str:
+    rates = sorted(row["collision_rate"] for row in rows if "collision_rate" in row)
+    return f"{len(rows)} cells, collision rates {rates[0]:.4f} to {rates[-1]:.4f}" if rates else f"{len(rows)} cells"
+
+
+def _list_reports(config: CommonConfig, outcomes: Sequence[CellOutcome]) -> str:
+    # From a page of an artifact or of a key, in both dashboards.
+    lines = [
+        f"- [{outcome.label}](../key/{_report_key(config, outcome.label)}): "
+        f"{describe_collisions(read_report(outcome.report).overall.ids)}"
+        for outcome in outcomes
+    ]
+    return "\n## Reports\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _report_key(config: CommonConfig, label: str) -> str:
+    return _key("report", config, label)
+
+
+def _key(kind: str, config: CommonConfig, *more: str) -> str:
+    """Return a key that is the same in every run over the same catalogue and model."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join([kind, results.results_folder(config).name, *more]).lower()).strip("-")
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _with_plot(table: str, image: str | None) -> str:
+    return f"{table}\n![Collision rate against relative MSE]({image})\n" if image else table
