@@ -1,4 +1,4 @@
-"""Start a local Prefect server with its dashboard and serve the flows, until interrupted.
+"""Start a local Prefect server with its dashboard, register the deployments and run a worker, until interrupted.
 
 Run it with `make up`. The server listens on loopback and keeps its SQLite database in PREFECT_HOME.
 """
@@ -12,83 +12,71 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
+from collections.abc import Sequence
 from types import FrameType
 
-import yaml
-from prefect import serve
-from prefect.deployments.runner import RunnerDeployment
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from deployments.apply import PROCESS_POOL
 
-from flows.build import build
-from flows.sweep import sweep
-
-CONFIGS = Path(__file__).parent / "configs"
 START_SECONDS = 180
+STOP_SECONDS = 40
 
 
-def start_server(host: str, port: str) -> subprocess.Popen[bytes]:
-    """Start a Prefect server and return its process once it answers.
+def start_prefect(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a Prefect command whose output but for errors is left out."""
+    command = [sys.executable, "-m", "prefect", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def wait_for_server(server: subprocess.Popen[bytes], address: str) -> None:
+    """Return once the server answers.
 
     Raises:
         RuntimeError: it ended, or did not answer in time; its own words are on standard error.
     """
-    # The dashboard asks the address that these name; the command's own options would leave it at the default port.
-    environment = {**os.environ, "PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port}
-    command = [sys.executable, "-m", "prefect", "server", "start"]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError(f"the Prefect server ended with code {server.returncode}; is port {port} in use?")
+            raise RuntimeError(f"the Prefect server ended with code {server.returncode}; is its port in use?")
         try:
-            with urllib.request.urlopen(f"http://{host}:{port}/api/health", timeout=2):
-                return server
+            with urllib.request.urlopen(f"{address}/api/health", timeout=2):
+                return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    server.terminate()
-    raise RuntimeError(f"the Prefect server did not answer on port {port} within {START_SECONDS} s")
+    raise RuntimeError(f"the Prefect server did not answer at {address} within {START_SECONDS} s")
 
 
-def deployments() -> list[RunnerDeployment]:
-    """Return the deployments of both flows, prefilled with the sample configurations."""
-    described = {
-        "build": (build, "One configuration: a catalogue in, semantic IDs and a collision report out."),
-        "sweep": (sweep, "Every combination of shapes, mappings and quantizers, compared."),
-    }
-    return [
-        RunnerDeployment.from_flow(
-            flow,
-            name=name,
-            parameters={"config": yaml.safe_load((CONFIGS / f"sample-{name}.yaml").read_text(encoding="utf-8"))},
-            description=description,
-            tags=["semids"],
-        )
-        for name, (flow, description) in described.items()
-    ]
-
-
-def main() -> None:
-    """Start the server and serve the deployments."""
+def main() -> int:
+    """Run server and worker until interrupted, or until one of them ends; return the exit code."""
     host = os.environ.get("PREFECT_SERVER_API_HOST", "127.0.0.1")
     port = os.environ.get("PREFECT_SERVER_API_PORT", "4200")
+    address = f"http://{host}:{port}"
+    # The dashboard asks the address that these name; the command's own options would leave it at the default port.
+    named = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_API_URL": f"{address}/api"}
+    environment = {**os.environ, **named}
 
     def end(signal_number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
-    server = start_server(host, port)
-    print(f"Dashboard: http://{host}:{port}   (Deployments → build or sweep → Run; stop with Ctrl-C)", flush=True)
+    running = [start_prefect(["server", "start"], environment)]
     try:
-        with temporary_settings({PREFECT_API_URL: f"http://{host}:{port}/api"}):
-            os.environ["PREFECT_API_URL"] = f"http://{host}:{port}/api"  # for the processes that run the flows
-            serve(*deployments())
+        wait_for_server(running[0], address)
+        if code := subprocess.run([sys.executable, "-m", "deployments.apply"], env=environment, check=False).returncode:
+            return code
+        running.append(start_prefect(["worker", "start", "--pool", PROCESS_POOL], environment))
+        print(f"\nDashboard: {address}   (Deployments → quick-look → Run; stop with Ctrl-C)", flush=True)
+        while all(process.poll() is None for process in running):
+            time.sleep(0.5)
+        print("The server or the worker has ended; see above.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        pass
+        return 0
     finally:
-        server.terminate()
-        server.wait(timeout=30)
+        # The worker first: it tells the server what becomes of its runs.
+        for process in reversed(running):
+            process.terminate()
+            process.wait(timeout=STOP_SECONDS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,7 @@ def build(config: BuildConfig) -> CellOutcome:
     """Turn a catalogue into semantic IDs under one configuration.
 
     Args:
-        config: the catalogue, the embedding model, the shape and how its codebooks are made.
+        config: What to make of which items. Further down is what seldom needs a change.
     """
     with own_run_folder(config):
         items = scan_catalogue(config)
@@ -30,8 +30,7 @@ def build(config: BuildConfig) -> CellOutcome:
         ids = assign_ids(config, items, codes)
         report = write_report(config, items, vectors, model, codes)
         outcome = CellOutcome(label=config.label, model=model, ids=ids, report=report)
-        publish(config, outcome)
-    return outcome
+        return publish(config, outcome)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ def encode_new_items(config: EncodeConfig) -> CellOutcome:
     """Give new items their IDs, as the items that a model was trained on got theirs; none of those moves.
 
     Args:
-        config: the new items, and the model.
+        config: The new items, and the model.
     """
     build = configure_encoding(config)
     with own_run_folder(build):
         refs = encode_items(build, config.model, unique=config.unique)
         outcome = CellOutcome(label=build.label, model=refs.model, ids=refs.ids, report=refs.report)
-        publish(build, outcome, encoded=True)
-    return outcome
+        return publish(build, outcome, encoded=True)
 
 
 if __name__ == "__main__":

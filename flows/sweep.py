@@ -28,8 +28,7 @@ def cell(config: BuildConfig, items: Ref, vectors: Ref) -> CellOutcome:
     ids = assign_ids(config, items, codes)
     report = write_report(config, items, vectors, model, codes)
     outcome = CellOutcome(label=config.label, model=model, ids=ids, report=report)
-    publish(config, outcome)
-    return outcome
+    return publish(config, outcome)
 
 
 @task(task_run_name="cell {config.label}", persist_result=False, result_serializer="json")
@@ -53,7 +52,7 @@ def sweep(config: SweepConfig) -> State[Any]:
     """Build every combination of shapes, mappings and quantizers over one catalogue, and compare them.
 
     Args:
-        config: the catalogue, the embedding model, and the lists whose combinations are the cells.
+        config: What to compare and on which items. Further down is what seldom needs a change.
     """
     with own_run_folder(config):
         items = scan_catalogue(config)

@@ -155,7 +155,7 @@ class BuildConfig(CommonConfig):
     form_order = ("shape", "mapping", "quantizer", *CommonConfig.form_order)
 
     shape: Shape = "256x256x256"
-    """Codebook sizes, first level first, joined by x."""
+    """Codebook sizes (codewords), first level first, joined by x: 128x128x128 has three levels of 128 codewords."""
     mapping: MappingName = "nearest"
     """nearest: least error. uniform: every codeword of a level equally used. capacity: no ID has more contents than the
     bounds allow, so that collisions are as few as can be."""
@@ -216,7 +216,7 @@ class SweepConfig(CommonConfig):
     form_order = ("shapes", "mappings", "quantizers", *CommonConfig.form_order)
 
     shapes: list[Shape] = Field(default=list(SIX_SHAPES), min_length=1)
-    """Codebook sizes of each shape, first level first, joined by x."""
+    """Codebook sizes (codewords), first level first, joined by x: 128x128x128 has three levels of 128 codewords."""
     mappings: list[MappingName] = Field(default=list(MAPPINGS), min_length=1)
     """nearest: least error. uniform: every codeword of a level equally used. capacity: no ID has more contents than the
     bounds allow."""

@@ -29,8 +29,11 @@ NEEDLESS_COLLISIONS = "semids.excess-collisions.found"
 
 
 @task(task_run_name="publish {outcome.label}", cache_policy=NO_CACHE, result_serializer="json")
-def publish(config: BuildConfig, outcome: CellOutcome, *, encoded: bool = False) -> None:
+def publish(config: BuildConfig, outcome: CellOutcome, *, encoded: bool = False) -> CellOutcome:
     """Show a configuration: links in the run folder's results, and its report under a key that stays the same.
+
+    Returns:
+        The outcome with the artifact of its report.
 
     Args:
         encoded: the IDs are those that a frozen model gave to new items.
@@ -38,12 +41,13 @@ def publish(config: BuildConfig, outcome: CellOutcome, *, encoded: bool = False)
     results.publish(config, outcome.refs(), encoded=encoded)
     report = read_report(outcome.report)
     reader = StageReader(outcome.report.path)
-    create_markdown_artifact(
+    artifact: Any = create_markdown_artifact(
         render_markdown(report, lambda name: _data_uri(reader.path(f"{name}.png").read_bytes())),
         key=_report_key(config, outcome.label),
         description=describe_collisions(report.overall.ids),
     )
     raise_alarms(config, report)
+    return outcome.model_copy(update={"artifact": str(artifact)})
 
 
 def raise_alarms(config: BuildConfig, report: Report) -> None:
@@ -91,7 +95,7 @@ def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -
     create_markdown_artifact(
         f"# {escape_markdown(config.label)}\n\n"
         + _with_plot(table, _data_uri(plot) if plot else None)
-        + _list_reports(config, done),
+        + _list_reports(done),
         key=_key("comparison", config),
         description=_describe_comparison(rows),
     )
@@ -103,10 +107,10 @@ def _describe_comparison(rows: Sequence[dict[str, Any]]) -> str:
     return f"{len(rows)} cells, collision rates {rates[0]:.4f} to {rates[-1]:.4f}" if rates else f"{len(rows)} cells"
 
 
-def _list_reports(config: CommonConfig, outcomes: Sequence[CellOutcome]) -> str:
-    # From a page of an artifact or of a key, in both dashboards.
+def _list_reports(outcomes: Sequence[CellOutcome]) -> str:
+    # Relative to the page of an artifact, in both dashboards.
     lines = [
-        f"- [{outcome.label}](../key/{_report_key(config, outcome.label)}): "
+        f"- [{outcome.label}](../artifact/{outcome.artifact}): "
         f"{describe_collisions(read_report(outcome.report).overall.ids)}"
         for outcome in outcomes
     ]

@@ -32,6 +32,8 @@ class CellOutcome(BaseModel):
     model: Ref
     ids: Ref
     report: Ref
+    artifact: str | None = None
+    """The id of its report in the dashboard; None before it is shown there."""
 
     def refs(self) -> results.CellRefs:
         """Return the references as the library holds them."""

@@ -96,7 +96,7 @@ def test_a_build_leaves_ids_and_artifacts_and_a_second_one_changes_no_file(
     second = build(config, return_state=True)
     assert second.is_completed()
     assert snapshot(tmp_path / "run") == before
-    assert second.result() == first.result()
+    assert second.result().refs() == first.result().refs()
     states = task_states(caplog)
     assert len(states) == 10
     assert [name for name, state in states if state != "Cached"] == [f"publish {config.label}"]
@@ -130,8 +130,9 @@ def test_a_sweep_shares_levels_and_survives_a_cell_that_fails(catalogue: dict[st
     assert page.index("| cell |") < page.index("data:image/png") < page.index("## Reports")
     reports = artifacts_of(cells_of(state))
     for label in ("8x8-nearest-residual-kmeans", "8x8x8-nearest-residual-kmeans"):
-        assert f"](../key/report-vectors-{label})" in page
-        assert label in reports[f"report-vectors-{label}"].data
+        report = reports[f"report-vectors-{label}"]
+        assert f"[{label}](../artifact/{report.id})" in page
+        assert f"# {label}" in report.data
 
 
 def test_a_sweep_of_which_every_cell_fails_has_failed(catalogue: dict[str, str], tmp_path: Path) -> None:

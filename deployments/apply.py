@@ -1,0 +1,71 @@
+"""Register everything with the Prefect server: work pools, the GPU's limit, automations and deployments.
+
+    python -m deployments.apply
+
+Runs will work in the folder that it is called from. Calling it again changes what has changed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
+
+from deployments.automations import alarm_on_collisions, crash_silent_runs, find_notification, put_automation
+
+PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
+PROCESS_POOL = "semids-process"
+DOCKER_POOL = "semids-docker"
+IMAGE = "semids:cpu"
+GPU_LIMIT = "tag:gpu"
+"""Limits the task runs with the tag gpu; a killed one frees its slot within a minute."""
+
+
+def make_pools() -> None:
+    """Create the work pools that are not there; those that are keep what was set in the dashboard."""
+    with get_client(sync_client=True) as client:
+        metadata = client.read_worker_metadata()
+        docker: dict[str, Any] = metadata["prefect-docker"]["docker"]["default_base_job_configuration"]
+        docker["variables"]["properties"]["image"]["default"] = IMAGE
+        pools = {
+            PROCESS_POOL: ("process", metadata["prefect"]["process"]["default_base_job_configuration"]),
+            DOCKER_POOL: ("docker", docker),
+        }
+        for name, (kind, template) in pools.items():
+            try:
+                client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=template))
+            except ObjectAlreadyExists:
+                continue
+
+
+def limit_gpu() -> None:
+    """Let one stage at a time use the GPU; a limit that is there stays as it is."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1))
+        except ObjectAlreadyExists:
+            return
+
+
+def deploy() -> int:
+    """Register the deployments of prefect.yaml and return the exit code."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
+    return subprocess.run(command, check=False).returncode
+
+
+def main() -> int:
+    """Register everything and return the exit code."""
+    make_pools()
+    limit_gpu()
+    put_automation(crash_silent_runs())
+    put_automation(alarm_on_collisions(find_notification()))
+    return deploy()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The dashboard in a real browser: a person fills in the form, watches the run and reads what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the extra dev installs")
+import polars as pl  # noqa: E402
+from conftest import clustered_vectors  # noqa: E402
+from dashboard import CHROMIUM, VERSIONS, Dashboard, started_browser, started_dashboard  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("dashboard"),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; on Debian: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which runs work, with a catalogue whose vectors need no embedding."""
+    folder = tmp_path_factory.mktemp("dashboard")
+    vectors = clustered_vectors(2000, 32)
+    columns = {name: [f"{name} {row % 40}" for row in range(len(vectors))] for name in ("brand", "category")}
+    split = ["test" if row % 10 == 0 else "train" for row in range(len(vectors))]
+    frame = pl.DataFrame({"item_id": range(len(vectors)), "split": split, "vector": vectors, **columns})
+    frame.write_parquet(folder / "items.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(place: Path) -> Iterator[str]:
+    with started_dashboard(place) as address:
+        yield address
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_sweep_is_started_from_the_form_watched_and_read(address: str, place: Path, version: str) -> None:
+    with started_browser() as browser:
+        dashboard = Dashboard(browser, address, version)
+        dashboard.open_form("quick-look")
+        shape = {"v1": "7x9x8", "v2": "9x7x8"}[version]
+        dashboard.field("Shapes", 1).fill(shape)
+        dashboard.field("Files").fill("items.parquet")
+        dashboard.field("Template").fill("")
+        dashboard.field("Vector column").fill("vector")
+        dashboard.field("Run folder").fill("runs/browser")
+        dashboard.submit()
+        run = dashboard.submitted_run()
+        assert dashboard.wait_until_done(run, seconds=300) == "Completed"
+        assert "sweep · items · 3 shapes × 3 mappings" in dashboard.text()
+        dashboard.open_artifacts()
+        dashboard.open_artifact("comparison-items")
+        dashboard.page.get_by_role("heading", name="Reports").wait_for()
+        folder = place / "runs" / "browser" / "results" / "items"
+        rows = {row["cell"]: row for row in json.loads((folder / "comparison.json").read_text())}
+        assert len(rows) == 9
+        shown = dashboard.text()
+        for name, row in rows.items():
+            assert name in shown
+            assert f"{row['collision_rate']:.4f}" in shown
+        assert_pictures(dashboard, 1)
+        cell = f"{shape}-capacity-residual-kmeans"
+        dashboard.page.get_by_role("link", name=cell).click()
+        dashboard.page.get_by_role("heading", name="Levels").wait_for()
+        assert f"the collision rate is {rows[cell]['collision_rate']:.4f}" in dashboard.text()
+        assert_pictures(dashboard, 3)
+
+
+def assert_pictures(dashboard: Dashboard, count: int) -> None:
+    """Every picture on the page is there and was drawn."""
+    pictures = dashboard.page.locator('img[src^="data:image/png"]')
+    assert pictures.count() == count
+    for picture in pictures.all():
+        assert picture.evaluate("picture => picture.complete && picture.naturalWidth") > 300
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_wrong_input_is_refused_by_name_before_a_run_exists(address: str, version: str) -> None:
+    with started_browser() as browser:
+        dashboard = Dashboard(browser, address, version)
+        dashboard.open_form("quick-look")
+        dashboard.field("Shapes", 2).fill("256 by 256")
+        answers: list[int] = []
+        dashboard.page.on(
+            "response", lambda response: answers.append(response.status) if "create_flow_run" in response.url else None
+        )
+        dashboard.submit()
+        dashboard.page.wait_for_function("() => document.body.innerText.match(/shapes|does not match/i)")
+        dashboard.page.wait_for_timeout(1000)
+        assert 201 not in answers
+        print(answers, dashboard.text()[-1500:])
