@@ -1,6 +1,7 @@
 # make run    sweep the sample catalogue and print the comparison
 # make test   run the tests
 # make up     start a local Prefect server with its dashboard, and serve the deployments
+# make lock   write the images' lock files anew from pyproject.toml (UPGRADE=--upgrade for newer versions)
 PYTHON ?= python3
 BIN := .venv/bin
 # A home of its own: the project's runs, results and database stay out of the user's own Prefect.
@@ -12,7 +13,7 @@ export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW ?= ignore
 export PREFECT_SERVER_API_HOST ?= 127.0.0.1
 export PREFECT_SERVER_API_PORT ?= 4200
 
-.PHONY: install run test check up clean
+.PHONY: install run test check up lock clean
 
 install: .venv/installed
 
@@ -44,6 +45,10 @@ check: install
 
 up: install runs/sample.parquet
 	$(BIN)/python -m deployments.up
+
+lock: install
+	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
+	UV=$(BIN)/uv UPGRADE=$(UPGRADE) docker/lock.sh
 
 clean:
 	rm -rf .venv runs .prefect
