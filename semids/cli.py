@@ -26,6 +26,7 @@ from semids.report import comparison_rows, format_table
 from semids.reporting import read_report, report_codes
 from semids.sample import write_sample_catalogue
 from semids.stages import Ref
+from semids.status import read_status
 from semids.store import commit, run_lock
 from semids.text import printable
 from semids.verification import verify_run
@@ -133,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command("verify", _verify, "check every committed file of a run folder against its digest")
     verify.add_argument("folder")
+
+    status = command("status", _status, "what is done, running, dead or resumable in a run folder, at once")
+    status.add_argument("folder")
+    status.add_argument("--json", action="store_true", help="print everything as JSON")
 
     sample = command("sample", _sample, "write the sample catalogue, about 3,000 products")
     sample.add_argument("path", help="Parquet file to write")
@@ -293,6 +298,17 @@ def _verify(parsed: argparse.Namespace) -> None:
     if found.faults:
         raise CorruptionError(f"{len(found.faults)} faults among {found.checked} committed files and links")
     print(f"{found.checked} committed files and links are as they were written")
+
+
+def _status(parsed: argparse.Namespace) -> None:
+    found = read_status(Path(parsed.folder))
+    for fault in found.faults:
+        print(printable(fault), file=sys.stderr)
+    print(found.to_json() if parsed.json else found.describe())
+    if found.faults:
+        raise CorruptionError(
+            f"{len(found.faults)} faults; semids verify reads every file and finds what else there is"
+        )
 
 
 def _sample(parsed: argparse.Namespace) -> None:
