@@ -124,8 +124,21 @@ class Dashboard:
         self.page.get_by_role("tab", name="Artifacts").or_(self.page.get_by_text("Artifacts", exact=True)).first.click()
 
     def open_artifact(self, key: str) -> None:
-        """Open the artifact of the given key from a run's list of them."""
+        """Open the artifact of the given key from a run's list of them; version v2 shows the key's history between."""
         self.page.get_by_text(key, exact=True).first.click()
+        if self.version == "v2":
+            self.page.locator('a[href*="/artifacts/artifact/"]').first.click()
+
+    def follow(self, name: str) -> None:
+        """Follow the link of the given text; the first version opens such links in a new page."""
+        link = self.page.get_by_role("link", name=name, exact=True)
+        if link.get_attribute("target") != "_blank":
+            link.click()
+            return
+        with self.page.expect_popup() as opened:
+            link.click()
+        self.page = opened.value
+        self.page.set_default_timeout(PATIENCE_MS)
 
     def text(self) -> str:
         """Return all that the page shows."""
