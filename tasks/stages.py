@@ -10,6 +10,9 @@ from semids.results import CellRefs
 from semids.stages import Ref, Stage
 from tasks.stage import run_as_task
 
+GPU = ("gpu",) if Path("/dev/nvidiactl").exists() else ()
+"""The tag of stages that use a GPU, where there is one: the limit on it must not make CPUs wait for one another."""
+
 
 def scan_catalogue(config: CommonConfig) -> Ref:
     """Read the catalogue into items and distinct contents."""
@@ -21,7 +24,7 @@ def make_vectors(config: CommonConfig, items: Ref) -> Ref:
     if isinstance(config, BuildConfig):
         pipeline.check_sizes(config, items)
     # 54M texts through an 8B model take days; a hung driver should still end.
-    return run_as_task(config.out, pipeline.make_vectors(config, items), hours=24 * 14, tags=("embedding", "gpu"))
+    return run_as_task(config.out, pipeline.make_vectors(config, items), hours=24 * 14, tags=("embedding", *GPU))
 
 
 def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
@@ -29,14 +32,14 @@ def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
     pipeline.check_sizes(config, items)
 
     def run(stage: Stage) -> Ref:
-        return run_as_task(config.out, stage, hours=72, tags=("training", "gpu"))
+        return run_as_task(config.out, stage, hours=72, tags=("training", *GPU))
 
     return pipeline.train_quantizer(config, items, vectors, run)
 
 
 def encode_vectors(config: CommonConfig, items: Ref, vectors: Ref, model: Ref) -> Ref:
     """Give every distinct content its codes."""
-    return run_as_task(config.out, encoding.encode_vectors(items, vectors, model), hours=24, tags=("encoding", "gpu"))
+    return run_as_task(config.out, encoding.encode_vectors(items, vectors, model), hours=24, tags=("encoding", *GPU))
 
 
 def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Ref:
@@ -49,7 +52,7 @@ def encode_items(config: BuildConfig, model: str, *, unique: bool) -> CellRefs:
 
     def run(stage: Stage) -> Ref:
         # Texts are embedded as long as it takes; the rest is a matter of hours.
-        return run_as_task(config.out, stage, hours=24 * 14, tags=("encoding", "gpu"))
+        return run_as_task(config.out, stage, hours=24 * 14, tags=("encoding", *GPU))
 
     return runs.encode_items(config, Path(model), run, unique=unique)
 

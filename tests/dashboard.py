@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 VERSIONS = ("v1", "v2")
-PATIENCE_MS = 60_000
+PATIENCE_MS = 120_000
 
 
 def free_port() -> int:
@@ -97,11 +97,11 @@ class Dashboard:
         """Press the button at the end of the form."""
         self.page.get_by_role("button", name="Submit").click()
 
-    def submitted_run(self) -> str:
-        """Return the id of the run that a submitted form started, as the message's link says."""
-        link = self.page.locator('a[href*="/flow-run/"]').last
-        link.wait_for()
-        return (link.get_attribute("href") or "").rsplit("/", 1)[-1].split("?")[0]
+    def submit_run(self) -> str:
+        """Press the button at the end of the form, and return the id of the run that the server has created."""
+        with self.page.expect_response(lambda answer: answer.url.endswith("create_flow_run") and answer.ok) as answer:
+            self.submit()
+        return str(answer.value.json()["id"])
 
     def open_run(self, run: str) -> None:
         """Open a run's page."""

@@ -51,8 +51,7 @@ def test_a_sweep_is_started_from_the_form_watched_and_read(address: str, place: 
         dashboard.field("Template").fill("")
         dashboard.field("Vector column").fill("vector")
         dashboard.field("Run folder").fill(f"runs/{version}")
-        dashboard.submit()
-        run = dashboard.submitted_run()
+        run = dashboard.submit_run()
         assert dashboard.wait_until_done(run, seconds=300) == "Completed"
         assert f"sweep · items-{version} · 3 shapes × 3 mappings" in dashboard.text()
         dashboard.open_artifacts()
@@ -76,9 +75,9 @@ def test_a_sweep_is_started_from_the_form_watched_and_read(address: str, place: 
 def assert_pictures(dashboard: Dashboard, count: int) -> None:
     """Every picture on the page is there and was drawn."""
     pictures = dashboard.page.locator('img[src^="data:image/png"]')
-    assert pictures.count() == count
+    playwright.expect(pictures).to_have_count(count)
     for picture in pictures.all():
-        assert picture.evaluate("picture => picture.complete && picture.naturalWidth") > 300
+        assert picture.evaluate("async picture => { await picture.decode(); return picture.naturalWidth; }") > 300
 
 
 @pytest.mark.parametrize("version", VERSIONS)
