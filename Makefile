@@ -1,6 +1,7 @@
 # make run    sweep the sample catalogue and print the comparison
 # make test   run the tests
-# make up     start a local Prefect server with its dashboard, and serve the deployments
+# make up     start a local Prefect server with its dashboard, register the deployments and run a worker
+# make screenshots   take the README's pictures of the dashboard (needs Chromium)
 # make lock   write the images' lock files anew from pyproject.toml (UPGRADE=--upgrade for newer versions)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW ?= ignore
 export PREFECT_SERVER_API_HOST ?= 127.0.0.1
 export PREFECT_SERVER_API_PORT ?= 4200
 
-.PHONY: install run test check up lock clean
+.PHONY: install run test check up screenshots lock clean
 
 install: .venv/installed
 
@@ -45,6 +46,9 @@ check: install
 
 up: install runs/sample.parquet
 	$(BIN)/python -m deployments.up
+
+screenshots: install runs/sample.parquet
+	$(BIN)/python tests/screenshots.py
 
 lock: install
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9

@@ -1,0 +1,185 @@
+"""Runs on a server and a worker: by schedule, cancelled, and killed; what is run again ends with the same IDs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from conftest import clustered_vectors
+from dashboard import find_deployment, free_port
+from small_runs import published
+
+from deployments.apply import PROCESS_POOL
+from deployments.up import start_prefect, wait_for_server
+from semids.verification import verify_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("worker")]
+
+CRASHED_WITHIN_SECONDS = 120
+PATIENCE_SECONDS = 240
+ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@dataclass
+class Services:
+    """A server with the deployments of the project, and a worker that can be killed."""
+
+    folder: Path
+    address: str
+    environment: dict[str, str]
+    worker: subprocess.Popen[bytes] | None = None
+
+    def start_worker(self) -> None:
+        """Start the worker."""
+        self.worker = start_prefect(["worker", "start", "--pool", PROCESS_POOL], self.environment)
+
+    def stop_worker(self) -> None:
+        """Ask the worker to end, and wait."""
+        if self.worker is not None:
+            self.worker.terminate()
+            self.worker.wait(timeout=60)
+
+    def kill_worker(self) -> None:
+        """Kill the worker and every process that it started, at once."""
+        assert self.worker is not None
+        for process in [*psutil.Process(self.worker.pid).children(recursive=True), psutil.Process(self.worker.pid)]:
+            process.send_signal(signal.SIGKILL)
+        self.worker.wait(timeout=30)
+
+    def post(self, path: str, body: Any) -> Any:
+        """Send something to the server and return its answer."""
+        answer = httpx.post(f"{self.address}/api/{path}", json=body, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def start(self, config: dict[str, Any]) -> str:
+        """Start the deployment build, and return the run's id."""
+        place = find_deployment(self.address, "build")
+        return self.post(f"deployments/{place}/create_flow_run", {"parameters": {"config": config}})["id"]
+
+    def state(self, run: str) -> str:
+        """Return the type of a run's state."""
+        answer = httpx.get(f"{self.address}/api/flow_runs/{run}", timeout=60)
+        answer.raise_for_status()
+        return answer.json()["state_type"]
+
+    def wait(self, run: str, seconds: float = PATIENCE_SECONDS) -> str:
+        """Wait until a run has ended, and return how."""
+        deadline = time.monotonic() + seconds
+        while (state := self.state(run)) not in ENDS:
+            assert time.monotonic() < deadline, f"still {state} after {seconds} s"
+            time.sleep(0.5)
+        return state
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    folder = tmp_path_factory.mktemp("worker")
+    port = str(free_port())
+    named = {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": port,
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | named
+    server = start_prefect(["server", "start"], environment)
+    started = Services(folder, f"http://127.0.0.1:{port}", environment)
+    try:
+        wait_for_server(server, started.address)
+        subprocess.run([sys.executable, "-m", "deployments.apply"], env=environment, cwd=folder, check=True)
+        started.start_worker()
+        yield started
+    finally:
+        started.stop_worker()
+        server.terminate()
+        server.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def catalogue(services: Services) -> str:
+    np.save(services.folder / "vectors.npy", clustered_vectors(60_000, 64))
+    return str(services.folder / "vectors.npy")
+
+
+def config(catalogue: str, out: str) -> dict[str, Any]:
+    return {"catalogue": {"path": catalogue}, "shape": "64x64x64", "mapping": "capacity", "out": out}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(services: Services, catalogue: str) -> bytes:
+    """The IDs that a run leaves which nothing interrupts."""
+    assert services.wait(services.start(config(catalogue, "runs/undisturbed"))) == "COMPLETED"
+    return ids_of(services.folder / "runs" / "undisturbed")
+
+
+def ids_of(run: Path) -> bytes:
+    return (published(run) / "semantic_ids.parquet").read_bytes()
+
+
+def wait_for_stage(run: Path, seconds: float = PATIENCE_SECONDS) -> dict[str, int]:
+    """Wait until a codebook is trained, and return when the manifests of finished stages were written, in ns."""
+    deadline = time.monotonic() + seconds
+    while not (finished := finished_stages(run)) or not any(name.startswith("train") for name in finished):
+        assert time.monotonic() < deadline, f"no codebook within {seconds} s: {sorted(finished)}"
+        time.sleep(0.05)
+    return finished
+
+
+def finished_stages(run: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in (run / "stages").glob("[!.]*/manifest.json")}
+
+
+def test_a_schedule_starts_a_run(services: Services, catalogue: str, undisturbed: bytes) -> None:
+    place = find_deployment(services.address, "build")
+    parameters = {"config": config(catalogue, "runs/scheduled")}
+    schedule = {"schedule": {"interval": 15}, "active": True, "parameters": parameters}
+    made = services.post(f"deployments/{place}/schedules", [schedule])[0]["id"]
+    query = {"deployments": {"id": {"any_": [place]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not any(run["auto_scheduled"] for run in services.post("flow_runs/filter", query)):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    httpx.delete(f"{services.address}/api/deployments/{place}/schedules/{made}").raise_for_status()
+    assert ids_of(services.folder / "runs" / "scheduled") == undisturbed
+
+
+def test_a_cancelled_run_leaves_nothing_half_written_and_goes_on(
+    services: Services, catalogue: str, undisturbed: bytes
+) -> None:
+    folder = services.folder / "runs" / "cancelled"
+    run = services.start(config(catalogue, "runs/cancelled"))
+    before = wait_for_stage(folder)
+    services.post(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    assert services.wait(run) == "CANCELLED"
+    assert verify_run(folder).faults == []
+    assert services.wait(services.start(config(catalogue, "runs/cancelled"))) == "COMPLETED"
+    assert ids_of(folder) == undisturbed
+    assert before.items() <= finished_stages(folder).items()
+
+
+def test_a_killed_worker_s_run_is_shown_as_crashed_and_goes_on(
+    services: Services, catalogue: str, undisturbed: bytes
+) -> None:
+    folder = services.folder / "runs" / "killed"
+    run = services.start(config(catalogue, "runs/killed"))
+    before = wait_for_stage(folder)
+    services.kill_worker()
+    assert services.state(run) == "RUNNING"
+    assert services.wait(run, CRASHED_WITHIN_SECONDS) == "CRASHED"
+    services.start_worker()
+    assert services.wait(services.start(config(catalogue, "runs/killed"))) == "COMPLETED"
+    assert ids_of(folder) == undisturbed
+    assert before.items() <= finished_stages(folder).items()
