@@ -12,6 +12,7 @@ from semids.cli import exit_code_of
 from semids.config import BuildConfig, EncodeConfig, SweepConfig, make_config, read_config
 from semids.errors import UsageError
 from semids.stages import Ref
+from tasks.tracking import server_or_substitute
 
 __all__ = ["BuildConfig", "EncodeConfig", "Ref", "SweepConfig", "configure_encoding", "start"]
 
@@ -41,4 +42,7 @@ def start(kind: type[BuildConfig | SweepConfig | EncodeConfig], run: Callable[[A
         return 0
 
     configured: list[Any] = []
-    return exit_code_of(read) or run(configured[0])
+    if code := exit_code_of(read):
+        return code
+    with server_or_substitute():
+        return run(configured[0])
