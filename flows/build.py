@@ -12,7 +12,15 @@ from prefect import flow
 from tasks.artifacts import publish
 from tasks.outcomes import CellOutcome, own_run_folder, print_outcome
 from tasks.parameters import BuildConfig, start
-from tasks.stages import assign_ids, encode_vectors, make_vectors, scan_catalogue, train_quantizer, write_report
+from tasks.stages import (
+    assign_ids,
+    encode_vectors,
+    fetch_catalogue,
+    make_vectors,
+    scan_catalogue,
+    train_quantizer,
+    write_report,
+)
 
 
 @flow(name="build", flow_run_name="build · {config.label}", persist_result=False, result_serializer="json")
@@ -23,6 +31,7 @@ def build(config: BuildConfig) -> CellOutcome:
         config: What to make of which items. Further down is what seldom needs a change.
     """
     with own_run_folder(config):
+        config = fetch_catalogue(config)
         items = scan_catalogue(config)
         vectors = make_vectors(config, items)
         model = train_quantizer(config, items, vectors)

@@ -25,7 +25,8 @@ class CatalogueSettings(Settings):
     form_order = ("path", "template", "text_column", "vector_column")
 
     path: str = Field(title="Files")
-    """File, folder or glob of Parquet, JSONL or CSV files (the latter two also .gz or .zst), or of .npy vectors."""
+    """File, folder or glob of Parquet, JSONL or CSV files (the latter two also .gz or .zst), or of .npy vectors; or a
+    URL of such, as s3://bucket/items/*.parquet, which are copied to the run folder first."""
     id_column: str = Field(default="item_id", title="Item ID column")
     """Column of whole numbers or strings that names each item once; the items of .npy files are named by their row."""
     text_column: OptionalText = None

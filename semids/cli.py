@@ -22,6 +22,7 @@ from semids.errors import CorruptionError, SemidsError, StorageError, UsageError
 from semids.page import render_text
 from semids.plan import Finished, checking_runner, find_finished, leave_plan, plan_run
 from semids.progress import TerminalProgress
+from semids.remote import fetch
 from semids.report import comparison_rows, format_table
 from semids.reporting import read_report, report_codes
 from semids.sample import write_sample_catalogue
@@ -205,6 +206,7 @@ def _tokenize(parsed: argparse.Namespace) -> None:
     config = _configured(parsed)
     folder = Path(config.out)
     with run_lock(folder):
+        config = runs.fetch_catalogue(config)
         run = checking_runner(config, runs.local_runner(folder, TerminalProgress()))
         refs = runs.build(config, run)
         where = results.publish(config, refs)
@@ -223,6 +225,8 @@ def _plan(parsed: argparse.Namespace) -> None:
     config = _configured(parsed)
     folder = Path(config.out)
     with run_lock(folder):
+        if not supposed:
+            config = runs.fetch_catalogue(config)
         if dimensions:
             if not supposed and not is_vectors(config.catalogue):
                 raise UsageError(
@@ -251,7 +255,9 @@ def _encode(parsed: argparse.Namespace) -> None:
                 f"encode cannot set {place}: codes come from the model, and no suffix is added; only catalogue and "
                 "embedder can be told otherwise"
             )
-    config = _override(runs.encoding_config(model_folder, parsed.input), parsed, source=parsed.model_folder)
+    new_items = fetch(parsed.input, Path(parsed.out or runs.ENCODED))
+    parsed.input = new_items
+    config = _override(runs.encoding_config(model_folder, new_items), parsed, source=parsed.model_folder)
     folder = Path(config.out)
     with run_lock(folder):
         run = runs.local_runner(folder, TerminalProgress())
@@ -267,6 +273,7 @@ def _adopt(parsed: argparse.Namespace) -> None:
     config = _configured(parsed)
     folder = Path(config.out)
     with run_lock(folder):
+        config = runs.fetch_catalogue(config)
         run = runs.local_runner(folder, TerminalProgress())
         vectors = adopt_vectors(config, Path(parsed.vectors), parsed.reason, run)
     print(f"Adopted as {vectors.path}: runs with this catalogue and model use these vectors.")

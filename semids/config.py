@@ -26,6 +26,7 @@ from semids.catalogue import CatalogueSettings
 from semids.embedders.base import Embedder, EmbedderSettings, embedder_types
 from semids.errors import UsageError
 from semids.quantizers.base import MAPPINGS, MappingName, Quantizer, QuantizerSettings, quantizer_types
+from semids.remote import is_remote
 from semids.semantic_ids import LETTERS
 from semids.settings import Settings
 
@@ -129,6 +130,12 @@ class CommonConfig(Settings):
     never does. Under the mapping capacity, contents that collide where IDs suffice raise one in any case."""
     out: str = Field("runs", title="Run folder")
     """What it already holds is reused; another process may not write to it at the same time."""
+    copy_to: str = Field("", title="Copy results to")
+    """URL of a folder, such as s3://bucket/semantic-ids, that gets copies of the results too. Empty: none."""
+    ray: str = Field("", title="Ray cluster")
+    """Spreads the shards of vectors and codes, and the cells of a sweep, over the machines of a Ray cluster where the
+    run folder has the same path: its address, such as ray://10.0.0.1:10001, or auto for the one that this machine
+    belongs to. Empty: this machine alone."""
 
     @field_validator("out")
     @classmethod
@@ -136,6 +143,13 @@ class CommonConfig(Settings):
         if not out.strip() or "\0" in out:
             raise ValueError("expected a folder, got an empty name or one with a NUL character")
         return out
+
+    @field_validator("copy_to")
+    @classmethod
+    def _openable(cls, place: str) -> str:
+        if place and not is_remote(place):
+            raise ValueError(f"expected a URL such as s3://bucket/folder, got {place!r}")
+        return place
 
     def make_embedder(self) -> Embedder:
         """Return the embedder, not loaded yet."""
@@ -243,7 +257,8 @@ class SweepConfig(CommonConfig):
 
     def cells(self) -> list[BuildConfig]:
         """Return one configuration a combination that exists, without repetition, in the order given."""
-        common = {name: getattr(self, name) for name in CommonConfig.model_fields}
+        # On a cluster a cell runs whole on one machine.
+        common: dict[str, Any] = {name: getattr(self, name) for name in CommonConfig.model_fields} | {"ray": ""}
         return [
             BuildConfig(**common, shape=shape, mapping=mapping, quantizer=quantizer)
             for shape in dict.fromkeys(self.shapes)
@@ -267,6 +282,10 @@ class EncodeConfig(Settings):
     results knows them. Otherwise it gets the ID that the frozen codebooks give, which may be taken."""
     out: str = Field(default="runs/encoded", title="Run folder")
     """What it already holds is reused; another process may not write to it at the same time."""
+    copy_to: str = Field("", title="Copy results to")
+    """URL of a folder, such as s3://bucket/semantic-ids, that gets copies of the results too. Empty: none."""
+    ray: str = Field("", title="Ray cluster")
+    """Spreads the shards of vectors and codes over the machines of a Ray cluster; see the other deployments' forms."""
 
 
 def read_config(path: Path | str, kind: type[Settings]) -> Any:

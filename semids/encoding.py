@@ -46,6 +46,8 @@ def encode_vectors(items: Ref, vectors: Ref, model: Ref, *, unique: bool = False
         },
         parameters={"unique": True} if unique else {},
         code=code_digest(_encode, *method_code(quantizer, quantizer.freeze)),
+        # Free IDs are found for all contents at once.
+        shards=1 if unique else StageReader(vectors.path).array("vectors").layout.shards,
     )
 
 

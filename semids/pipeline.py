@@ -22,7 +22,7 @@ from semids.fingerprints import code_digest, method_code
 from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
 from semids.known import KNOWN, write_known
 from semids.quantizers.base import FrozenQuantizer, Tensors, TrainingData, TrainingStep
-from semids.shards import ShardLayout
+from semids.shards import ShardLayout, count_shards
 from semids.stages import Ref, Stage, StageOutput, StageReader
 
 Runner = Callable[[Stage], Ref]
@@ -37,6 +37,7 @@ def make_stage(
     inputs: Mapping[str, Any],
     parameters: Mapping[str, Any],
     code: Mapping[str, Any] | None = None,
+    shards: int = 1,
 ) -> Stage:
     """Return the stage that calls `make(output)`.
 
@@ -44,13 +45,14 @@ def make_stage(
         inputs: references, of which the digest counts, or digests.
         code: what stands for the code; its digest by default. Given where `make` reaches code through a family, and
             where a changed line must not cost hours (a version).
+        shards: see `Stage`.
     """
     ingredients = {
         "inputs": {key: value.digest if isinstance(value, Ref) else value for key, value in inputs.items()},
         "parameters": dict(parameters),
         "code": dict(code) if code is not None else code_digest(make.func),
     }
-    return Stage(name=name, title=title, ingredients=ingredients, build=make)
+    return Stage(name=name, title=title, ingredients=ingredients, build=make, shards=shards)
 
 
 # Catalogue to items
@@ -116,6 +118,7 @@ def make_vectors(config: CommonConfig, items: Ref) -> Stage:
             partial(_import_vectors, config.catalogue, items),
             inputs={"contents": contents_digest(items), "catalogue": catalogue_digest(config.catalogue)},
             parameters=config.catalogue.model_dump(include={"vector_column"}),
+            shards=count_shards(count_contents(items)),
         )
     identity = config.make_embedder().identity()
     return make_stage(
@@ -125,6 +128,7 @@ def make_vectors(config: CommonConfig, items: Ref) -> Stage:
         inputs={"contents": contents_digest(items)},
         parameters=identity,
         code={"embedder version": identity["version"]},
+        shards=count_shards(count_contents(items)),
     )
 
 

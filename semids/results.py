@@ -16,6 +16,7 @@ from semids.config import BuildConfig, CommonConfig, write_config
 from semids.errors import CorruptionError, StorageError, UsageError
 from semids.items import is_vectors
 from semids.readers import COMPRESSIONS, FORMATS
+from semids.remote import push
 from semids.report import Report
 from semids.reporting import read_report
 from semids.stages import Ref, StageReader, reference
@@ -74,7 +75,7 @@ def publish(config: BuildConfig, refs: CellRefs, *, encoded: bool = False) -> Pa
     links = {"model": Path(refs.model.path)}
     for ref in (refs.ids, refs.report):
         links |= {name: Path(ref.path) / name for name in StageReader(ref.path).manifest["files"]}
-    made_by = config.model_dump(mode="json", exclude={"alarm_collision_rate"})
+    made_by = config.model_dump(mode="json", exclude={"alarm_collision_rate", "copy_to", "ray"})
     made_by["options"] = {config.quantizer: made_by["options"][config.quantizer]}
     made_by |= {"model": refs.model.fingerprint} if encoded else {}
     record: dict[str, Any] = {"made_by": made_by, "links": {n: os.path.relpath(to, shown) for n, to in links.items()}}
@@ -95,7 +96,23 @@ def publish(config: BuildConfig, refs: CellRefs, *, encoded: bool = False) -> Pa
     except OSError as error:
         raise StorageError(f"cannot link the results in {shown}: {error.strerror}; run again") from error
     show_files(shown, files, record)
+    copy_results(config, shown)
     return shown
+
+
+def copy_results(config: CommonConfig, shown: Path) -> None:
+    """Copy a folder of results to where the configuration says, if it does: what links lead to, not the links.
+
+    Raises:
+        StorageError: the store did not answer, or refused.
+    """
+    if not config.copy_to:
+        return
+    files = {path.name: path for path in shown.iterdir() if path.is_file()}
+    files |= {f"model/{path.name}": path for path in (shown / "model").glob("[!.]*") if path.is_file()}
+    place = shown.relative_to(Path(config.out).resolve() / RESULTS).as_posix()
+    push(files, f"{config.copy_to.rstrip('/')}/{place}")
+    log.info("Copied %d files to %s/%s", len(files), config.copy_to, place)
 
 
 def show_files(shown: Path, files: Mapping[str, bytes], record: Mapping[str, Any] = MappingProxyType({})) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from semids import encoding, pipeline
-from semids.config import BuildConfig
+from semids.config import BuildConfig, CommonConfig
 from semids.errors import DataError, UsageError
 from semids.pipeline import Runner
 from semids.progress import Progress
 from semids.readers import find_files
+from semids.remote import check_place, fetch
 from semids.reporting import write_report
 from semids.results import CellRefs
 from semids.stages import MANIFEST, Ref, StageReader, reference, run_stage
@@ -21,8 +22,26 @@ def local_runner(folder: Path, progress: Progress) -> Runner:
     return lambda stage: run_stage(folder, stage, progress)
 
 
+ENCODED = "encoded"
+"""The run folder of new items, if none is named."""
+AnyConfig = TypeVar("AnyConfig", bound=CommonConfig)
+
+
 class NotMadeError(Exception):
     """A stage has not been run yet."""
+
+
+def fetch_catalogue(config: AnyConfig) -> AnyConfig:
+    """Return the configuration with a catalogue on this machine: copies in the run folder, if a URL says where it is.
+
+    Raises:
+        UsageError: the URL matches nothing, or nothing installed opens it.
+        StorageError: the store did not answer, or refused.
+    """
+    if config.copy_to:
+        check_place(config.copy_to)
+    path = fetch(config.catalogue.path, Path(config.out))
+    return config.model_copy(update={"catalogue": config.catalogue.model_copy(update={"path": path})})
 
 
 def build(config: BuildConfig, run: Runner) -> CellRefs:
@@ -56,7 +75,7 @@ def encoding_config(model_folder: Path, new_items: str) -> dict[str, Any]:
         unused["vector_column"] = None
     values["catalogue"] |= {"path": new_items, **unused}
     # Their suffixes could clash with those of the items before them.
-    return values | {"suffix": False, "out": "encoded"}
+    return values | {"suffix": False, "out": ENCODED, "copy_to": "", "ray": ""}
 
 
 def encode_items(config: BuildConfig, model_folder: Path, run: Runner, *, unique: bool = False) -> CellRefs:

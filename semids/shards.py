@@ -16,6 +16,7 @@ from semids.store import FileRecord, check_file, commit, commit_sealed_json, rea
 
 SHARD_ROWS = 65_536
 COMPUTED = "computed"
+EVERY = slice(None)
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,16 @@ class ShardLayout:
     @property
     def shards(self) -> int:
         """Number of files."""
-        return -(-self.rows // self.shard_rows)
+        return count_shards(self.rows, self.shard_rows)
 
     def bounds(self, shard: int) -> tuple[int, int]:
         """Return the [start, stop) rows of a shard."""
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
+
+
+def count_shards(rows: int, shard_rows: int = SHARD_ROWS) -> int:
+    """Return how many files hold so many rows."""
+    return -(-rows // shard_rows)
 
 
 def shard_name(name: str, shard: int) -> str:
@@ -51,6 +57,7 @@ def write_shards(
     fingerprint: str,
     origin: str = COMPUTED,
     progress: Progress,
+    lot: slice = EVERY,
 ) -> dict[str, FileRecord]:
     """Write a sharded array into `folder`, keeping the shards that an interrupted run finished.
 
@@ -58,6 +65,7 @@ def write_shards(
         produce: called with the [start, stop) rows of each missing shard; returns them, (stop - start, columns).
         fingerprint: of the step that writes; a shard of another step is written again.
         origin: where the rows come from, if not computed by the step itself; one array never mixes two.
+        lot: which shards, of the list of them.
 
     Returns:
         The record of every `.npy` file written or kept, by file name.
@@ -68,7 +76,7 @@ def write_shards(
     """
     check_origin(folder, fingerprint, origin)
     records: dict[str, FileRecord] = {}
-    for shard in range(layout.shards):
+    for shard in range(layout.shards)[lot]:
         start, stop = layout.bounds(shard)
         path = folder / shard_name(name, shard)
         sidecar = path.with_suffix(".json")

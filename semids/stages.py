@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from semids.errors import CorruptionError
 from semids.memory import PeakMemory, release_memory
 from semids.progress import Progress, silent
-from semids.shards import COMPUTED, ShardedArray, ShardLayout, check_origin, shard_name, write_shards
+from semids.shards import COMPUTED, EVERY, ShardedArray, ShardLayout, check_origin, shard_name, write_shards
 from semids.store import (
     TEMPORARY_PREFIX,
     FileRecord,
@@ -72,6 +72,8 @@ class Stage:
         build: writes the outputs and returns a summary, as JSON, that depends on nothing but the ingredients.
         origin: where the outputs come from, if this stage does not compute them; what another origin left
             unfinished is refused.
+        shards: of each array, where `build` does nothing but write arrays of as many shards, each of which can be
+            made without the others; see `make_shards`.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Stage:
     ingredients: Mapping[str, Any]
     build: Callable[[StageOutput], dict[str, Any]] = field(repr=False)
     origin: str = COMPUTED
+    shards: int = 1
 
     @property
     def fingerprint(self) -> str:
@@ -87,9 +90,16 @@ class Stage:
 
 
 class StageOutput:
-    """Where a stage's build function writes: every file goes through the commit helper and is recorded."""
+    """Where a stage's build function writes: every file goes through the commit helper and is recorded.
 
-    def __init__(self, folder: Path, fingerprint: str, progress: Progress, origin: str = COMPUTED) -> None:
+    Args:
+        lot: which shards of every array are written, of the list of them; all by default.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: str, progress: Progress, origin: str = COMPUTED, lot: slice = EVERY
+    ) -> None:
+        self.lot = lot
         self.origin = origin
         self.folder = folder
         self.fingerprint = fingerprint
@@ -121,6 +131,7 @@ class StageOutput:
             fingerprint=self.fingerprint,
             origin=self.origin,
             progress=self.progress,
+            lot=self.lot,
         )
 
     def scratch(self, name: str) -> Path:
@@ -187,6 +198,18 @@ def run_stage(folder: Path, stage: Stage, progress: Progress = silent) -> Ref:
             return found
         manifest = _make(target, stage, progress)
     return Ref(stage=stage.name, path=str(target), fingerprint=stage.fingerprint, digest=manifest["digest"])
+
+
+def make_shards(folder: Path, stage: Stage, *, lot: int, lots: int, progress: Progress = silent) -> None:
+    """Make every `lots`-th shard of a stage, from shard `lot` on; `run_stage` then finds them, and makes what is left.
+
+    Lots may be made at a time, by processes on machines that share `folder`.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    target = _folder_of(folder, stage)
+    stage.build(StageOutput(target, stage.fingerprint, progress, stage.origin, slice(lot, None, lots)))
 
 
 def find_stage(folder: Path, stage: Stage) -> Ref | None:

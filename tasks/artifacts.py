@@ -6,7 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -23,6 +23,7 @@ from semids.reporting import read_report
 from semids.stages import StageReader
 from semids.text import escape_markdown
 from tasks.outcomes import CellOutcome
+from tasks.tracking import prefer_tracked
 
 TOO_MANY_COLLISIONS = "semids.collision-rate.exceeded"
 NEEDLESS_COLLISIONS = "semids.excess-collisions.found"
@@ -41,13 +42,13 @@ def publish(config: BuildConfig, outcome: CellOutcome, *, encoded: bool = False)
     results.publish(config, outcome.refs(), encoded=encoded)
     report = read_report(outcome.report)
     reader = StageReader(outcome.report.path)
-    artifact: Any = create_markdown_artifact(
+    artifact = _show(
         render_markdown(report, lambda name: _data_uri(reader.path(f"{name}.png").read_bytes())),
         key=_report_key(config, outcome.label),
         description=describe_collisions(report.overall.ids),
     )
     raise_alarms(config, report)
-    return outcome.model_copy(update={"artifact": str(artifact)})
+    return outcome.model_copy(update={"artifact": artifact})
 
 
 def raise_alarms(config: BuildConfig, report: Report) -> None:
@@ -92,7 +93,7 @@ def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -
     } | ({"comparison.png": plot} if plot else {})
     results.show_files(folder, files)
     done = [outcome for outcome in outcomes if isinstance(outcome, CellOutcome)]
-    create_markdown_artifact(
+    _show(
         f"# {escape_markdown(config.label)}\n\n"
         + _with_plot(table, _data_uri(plot) if plot else None)
         + _list_reports(done),
@@ -102,19 +103,28 @@ def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -
     get_run_logger().info("Compared %d cells: %s", len(rows), folder / "comparison.md")
 
 
+def _show(markdown: str, *, key: str, description: str) -> str | None:
+    """Show a page in the dashboard, and return its id; None where the server does not answer."""
+    return prefer_tracked(
+        lambda: str(cast("Any", create_markdown_artifact(markdown, key=key, description=description))), lambda: None
+    )
+
+
 def _describe_comparison(rows: Sequence[dict[str, Any]]) -> str:
     rates = sorted(row["collision_rate"] for row in rows if "collision_rate" in row)
     return f"{len(rows)} cells, collision rates {rates[0]:.4f} to {rates[-1]:.4f}" if rates else f"{len(rows)} cells"
 
 
 def _list_reports(outcomes: Sequence[CellOutcome]) -> str:
-    # Relative to the page of an artifact, in both dashboards.
     lines = [
-        f"- [{outcome.label}](../artifact/{outcome.artifact}): "
-        f"{describe_collisions(read_report(outcome.report).overall.ids)}"
-        for outcome in outcomes
+        f"- {_link(outcome)}: {describe_collisions(read_report(outcome.report).overall.ids)}" for outcome in outcomes
     ]
     return "\n## Reports\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _link(outcome: CellOutcome) -> str:
+    # Relative to the page of an artifact, in both dashboards.
+    return f"[{outcome.label}](../artifact/{outcome.artifact})" if outcome.artifact else outcome.label
 
 
 def _report_key(config: CommonConfig, label: str) -> str:

@@ -21,6 +21,7 @@ from semids.report import FailedCell, comparison_rows, format_table
 from semids.reporting import read_report
 from semids.stages import Ref
 from semids.store import run_lock
+from tasks.cluster import check_cluster
 
 
 class CellOutcome(BaseModel):
@@ -41,7 +42,12 @@ class CellOutcome(BaseModel):
 
 
 def own_run_folder(config: CommonConfig) -> AbstractContextManager[None]:
-    """Own the run folder for as long as the context lasts; a second owner is refused by name."""
+    """Own the run folder for as long as the context lasts; a second owner is refused by name.
+
+    Raises:
+        UsageError: the configuration names a Ray cluster, and what speaks to it is not installed.
+    """
+    check_cluster(config)
     return run_lock(Path(config.out))
 
 

@@ -11,8 +11,9 @@ from semids import runs
 from semids.cli import exit_code_of
 from semids.config import BuildConfig, EncodeConfig, SweepConfig, make_config, read_config
 from semids.errors import UsageError
+from semids.remote import fetch
 from semids.stages import Ref
-from tasks.tracking import server_or_substitute
+from tasks.tracking import run_tracked
 
 __all__ = ["BuildConfig", "EncodeConfig", "Ref", "SweepConfig", "configure_encoding", "start"]
 
@@ -23,9 +24,11 @@ def configure_encoding(config: EncodeConfig) -> BuildConfig:
     Raises:
         UsageError: the folder holds something other than a model, or there are no new items.
         CorruptionError: the folder holds no whole model.
+        StorageError: the store that a URL names did not answer.
     """
-    values = runs.encoding_config(Path(config.model), config.new_items)
-    return make_config(BuildConfig, values | {"out": config.out}, source=config.model)
+    values = runs.encoding_config(Path(config.model), fetch(config.new_items, Path(config.out)))
+    chosen = config.model_dump(include={"out", "copy_to", "ray"})
+    return make_config(BuildConfig, values | chosen, source=config.model)
 
 
 def start(kind: type[BuildConfig | SweepConfig | EncodeConfig], run: Callable[[Any], int]) -> int:
@@ -44,5 +47,4 @@ def start(kind: type[BuildConfig | SweepConfig | EncodeConfig], run: Callable[[A
     configured: list[Any] = []
     if code := exit_code_of(read):
         return code
-    with server_or_substitute():
-        return run(configured[0])
+    return run_tracked(lambda: run(configured[0]))

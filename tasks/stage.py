@@ -19,9 +19,11 @@ from prefect.logging import get_run_logger
 from semids.errors import ProcessError, SemidsError, StorageError
 from semids.stages import Ref, Stage, run_stage
 from semids.store import digest_json
+from tasks.tracking import prefer_tracked
 
 FIRST_PROGRESS_SECONDS = 5.0
 PROGRESS_EVERY_SECONDS = 2.0
+RETRY_DELAYS: list[float] = [1, 30]
 HOUR = 3600
 
 
@@ -66,12 +68,14 @@ class ProgressArtifact:
         self._updated = now
         rate = done / (now - self._started)
         description = f"{self._title}: {done:,} of {total:,} {unit}, {rate:,.0f} a second"
-        percent = 100.0 * done / max(total, 1)
+        prefer_tracked(lambda: self._show(100.0 * done / max(total, 1), description), lambda: None)
+        get_run_logger().info(description)
+
+    def _show(self, percent: float, description: str) -> None:
         if self._artifact is None:
             self._artifact = cast("UUID", create_progress_artifact(progress=percent, description=description))
         else:
             update_progress_artifact(self._artifact, progress=percent, description=description)
-        get_run_logger().info(description)
 
 
 @task(
@@ -79,8 +83,8 @@ class ProgressArtifact:
     persist_result=True,
     result_serializer="json",
     cache_policy=StageFingerprint(),
-    retries=2,
-    retry_delay_seconds=[1, 30],
+    retries=len(RETRY_DELAYS),
+    retry_delay_seconds=RETRY_DELAYS,
     retry_condition_fn=is_worth_retrying,
 )
 def run_stage_task(folder: str, stage: Stage) -> Ref:
@@ -99,9 +103,15 @@ def run_as_task(folder: str, stage: Stage, *, hours: float, tags: tuple[str, ...
         tags: shown in the dashboard; a concurrency limit on a tag bounds all stages that carry it.
     """
     interruptible = threading.current_thread() is threading.main_thread()
-    configured = run_stage_task.with_options(timeout_seconds=hours * HOUR if interruptible else None, tags=tags)
-    state: State[Ref] = configured(folder, stage, return_state=True)
-    ref = state.result()
-    if state.name == "Cached" and not ref.is_present():
-        ref = configured.with_options(refresh_cache=True)(folder, stage)
-    return ref
+    configured = run_stage_task.with_options(timeout_seconds=hours * HOUR if interruptible else None)
+
+    def run(tags: tuple[str, ...]) -> Ref:
+        tagged = configured.with_options(tags=tags)
+        state: State[Ref] = tagged(folder, stage, return_state=True)
+        ref = state.result()
+        if state.name == "Cached" and not ref.is_present():
+            ref = tagged.with_options(refresh_cache=True)(folder, stage)
+        return ref
+
+    # A task without tags asks the server for nothing before it runs.
+    return prefer_tracked(lambda: run(tags), lambda: run(()))

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from semids import encoding, pipeline, reporting, runs
 from semids.config import BuildConfig, CommonConfig
+from semids.remote import is_remote
 from semids.results import CellRefs
 from semids.stages import Ref, Stage
-from tasks.stage import run_as_task
+from tasks.cluster import spread_shards
+from tasks.stage import RETRY_DELAYS, is_worth_retrying, run_as_task
+
+AnyConfig = TypeVar("AnyConfig", bound=CommonConfig)
 
 GPU = ("gpu",) if Path("/dev/nvidiactl").exists() else ()
 """The tag of stages that use a GPU, where there is one: the limit on it must not make CPUs wait for one another."""
 
 
+def fetch_catalogue(config: AnyConfig) -> AnyConfig:
+    """Return the configuration with a catalogue on this machine: copied to the run folder where a URL names it."""
+    return copy_catalogue(config) if is_remote(config.catalogue.path) or config.copy_to else config
+
+
+@task(
+    task_run_name="Copy {config.catalogue.path}",
+    cache_policy=NO_CACHE,
+    retries=len(RETRY_DELAYS),
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=is_worth_retrying,
+)
+def copy_catalogue(config: AnyConfig) -> AnyConfig:
+    """See `semids.runs.fetch_catalogue`."""
+    return runs.fetch_catalogue(config)
+
+
 def scan_catalogue(config: CommonConfig) -> Ref:
     """Read the catalogue into items and distinct contents."""
-    return run_as_task(config.out, pipeline.scan_catalogue(config), hours=12, tags=("catalogue",))
+    return _run(config, pipeline.scan_catalogue(config), hours=12, tag="catalogue")
 
 
 def make_vectors(config: CommonConfig, items: Ref) -> Ref:
@@ -24,40 +49,45 @@ def make_vectors(config: CommonConfig, items: Ref) -> Ref:
     if isinstance(config, BuildConfig):
         pipeline.check_sizes(config, items)
     # 54M texts through an 8B model take days; a hung driver should still end.
-    return run_as_task(config.out, pipeline.make_vectors(config, items), hours=24 * 14, tags=("embedding", *GPU))
+    return _run(config, pipeline.make_vectors(config, items), hours=24 * 14, tag="embedding", gpu=True)
 
 
 def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
     """Train the quantizer step by step, and freeze it into a model."""
     pipeline.check_sizes(config, items)
-
-    def run(stage: Stage) -> Ref:
-        return run_as_task(config.out, stage, hours=72, tags=("training", *GPU))
-
-    return pipeline.train_quantizer(config, items, vectors, run)
+    return pipeline.train_quantizer(
+        config, items, vectors, lambda stage: _run(config, stage, hours=72, tag="training", gpu=True)
+    )
 
 
 def encode_vectors(config: CommonConfig, items: Ref, vectors: Ref, model: Ref) -> Ref:
     """Give every distinct content its codes."""
-    return run_as_task(config.out, encoding.encode_vectors(items, vectors, model), hours=24, tags=("encoding", *GPU))
+    stage = encoding.encode_vectors(items, vectors, model)
+    return _run(config, stage, hours=24, tag="encoding", gpu=True)
 
 
 def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Ref:
     """Write the semantic IDs, tokens and vocabulary."""
-    return run_as_task(config.out, encoding.assign_ids(config, items, codes), hours=12, tags=("ids",))
+    return _run(config, encoding.assign_ids(config, items, codes), hours=12, tag="ids")
 
 
 def encode_items(config: BuildConfig, model: str, *, unique: bool) -> CellRefs:
     """Give new items their IDs from a frozen model, and report how they collide."""
-
-    def run(stage: Stage) -> Ref:
-        # Texts are embedded as long as it takes; the rest is a matter of hours.
-        return run_as_task(config.out, stage, hours=24 * 14, tags=("encoding", *GPU))
-
-    return runs.encode_items(config, Path(model), run, unique=unique)
+    # Texts are embedded as long as it takes; the rest is a matter of hours.
+    return runs.encode_items(
+        config,
+        Path(model),
+        lambda stage: _run(config, stage, hours=24 * 14, tag="encoding", gpu=True),
+        unique=unique,
+    )
 
 
 def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Ref:
     """Measure the codes, and write the report with its plots."""
     stage = reporting.write_report(config, items, vectors, model, codes)
-    return run_as_task(config.out, stage, hours=12, tags=("report",))
+    return _run(config, stage, hours=12, tag="report")
+
+
+def _run(config: CommonConfig, stage: Stage, *, hours: float, tag: str, gpu: bool = False) -> Ref:
+    spread_shards(config, stage, uses_gpu=gpu)
+    return run_as_task(config.out, stage, hours=hours, tags=(tag, *(GPU if gpu else ())))

@@ -14,11 +14,12 @@ from small_runs import TIMEOUT_S, published, stage_folders, tokenize_arguments, 
 
 from semids import pipeline, shards
 from semids.cli import main
+from semids.config import BuildConfig, make_config
 from semids.embedders.transformer import TransformerEmbedder
-from semids.encoding import read_codes
-from semids.pipeline import read_quantizer
+from semids.encoding import encode_vectors, read_codes
+from semids.pipeline import make_vectors, read_quantizer
 from semids.quantizers.base import FrozenQuantizer
-from semids.stages import StageReader, reference
+from semids.stages import StageReader, make_shards, reference, run_stage
 from semids.store import read_sealed_json
 
 SHARD_ROWS = 32
@@ -182,3 +183,18 @@ def test_other_numbers_of_threads_change_no_code_but_near_ties(made: Path, tmp_p
         assert np.abs(results[threads]["embedded"] - results["1"]["embedded"]).max() < 1e-5  # 0 seen
         ties = count_near_ties(quantizer, tiled, results[threads]["codes"], results["1"]["codes"])
         assert ties <= 20 * MOST_NEAR_TIES
+
+
+@pytest.mark.parametrize("made_stage", ["vectors", "codes"])
+def test_shards_made_in_lots_are_those_that_one_process_makes(made_stage: str, made: Path, tmp_path: Path) -> None:
+    run = made / "run"
+    items, vectors, model = (reference(stage(run, name)) for name in ("items", "vectors", "model"))
+    config = make_config(BuildConfig, StageReader(model.path).manifest["run"]["config"], source="the run")
+    spread = make_vectors(config, items) if made_stage == "vectors" else encode_vectors(items, vectors, model)
+    for lot in (1, 2, 0):
+        make_shards(tmp_path, spread, lot=lot, lots=3)
+    (folder,) = (tmp_path / "stages").glob(f"{made_stage}-*")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len([path for path in before if path.suffix == ".npy"]) == {"vectors": 5, "codes": 10}[made_stage]
+    assert run_stage(tmp_path, spread).digest == reference(stage(run, made_stage)).digest
+    assert {path: path.stat().st_mtime_ns for path in before} == before
