@@ -19,6 +19,12 @@ from deployments.apply import PROCESS_POOL
 
 START_SECONDS = 180
 STOP_SECONDS = 40
+SQLITE_SETTINGS = {
+    f"PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_{name}": value
+    for name, value in {"BATCH_SIZE": "100", "READ_BATCH_SIZE": "100", "FLUSH_INTERVAL": "1"}.items()
+}
+"""SQLite takes one writer at a time. A transaction for each state of each task, the default, makes runs wait for one
+another, and those that wait too long lose a state to "database is locked"; a transaction a second does not."""
 
 
 def start_prefect(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -52,7 +58,7 @@ def main() -> int:
     address = f"http://{host}:{port}"
     # The dashboard asks the address that these name; the command's own options would leave it at the default port.
     named = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_API_URL": f"{address}/api"}
-    environment = {**os.environ, **named}
+    environment = SQLITE_SETTINGS | os.environ | named
 
     def end(signal_number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

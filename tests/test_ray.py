@@ -13,16 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
 import numpy as np
 import psutil
 import pytest
 import yaml
 from conftest import clustered_vectors
-from dashboard import free_port
+from servers import Server, free_port, make_server
 from small_runs import published
 
-from deployments.up import start_prefect, wait_for_server
 from semids.cli import main
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: the extra `ray` brings it")
@@ -75,36 +73,23 @@ def wait_for_nodes(address: str, count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder with vectors in several shards, and the settings of a Prefect server that runs."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A Prefect server that runs, and in its folder vectors of several shards."""
     folder = tmp_path_factory.mktemp("spread")
     np.save(folder / "vectors.npy", clustered_vectors(ROWS, 16).astype(np.float16))
-    port = str(free_port())
-    named = {
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_API_HOST": "127.0.0.1",
-        "PREFECT_SERVER_API_PORT": port,
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    }
-    others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    server = start_prefect(["server", "start"], others | named)
-    try:
-        wait_for_server(server, f"http://127.0.0.1:{port}")
-        yield folder, others | named
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
+    server = make_server(folder)
+    with server.running():
+        yield server
 
 
-def run_flow(place: tuple[Path, dict[str, str]], flow: str, values: dict[str, Any]) -> Path:
-    folder, environment = place
+def run_flow(server: Server, flow: str, values: dict[str, Any]) -> Path:
+    folder = server.folder
     out = folder / flow
     config = folder / f"{flow}.yaml"
     config.write_text(yaml.safe_dump({"catalogue": {"path": str(folder / "vectors.npy")}, "out": str(out)} | values))
     ended = subprocess.run(
         [sys.executable, "-m", f"flows.{flow}", str(config)],
-        env=environment,
+        env=server.environment,
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
@@ -114,18 +99,15 @@ def run_flow(place: tuple[Path, dict[str, str]], flow: str, values: dict[str, An
     return out
 
 
-def task_runs(environment: dict[str, str], name: str) -> list[str]:
-    query = {"task_runs": {"name": {"like_": name}}, "limit": 200}
-    found = httpx.post(f"{environment['PREFECT_API_URL']}/task_runs/filter", json=query, timeout=60).json()
+def task_runs(server: Server, name: str) -> list[str]:
+    found = server.post("task_runs/filter", {"task_runs": {"name": {"like_": name}}, "limit": 200})
     return [run["name"] for run in found if run["state_type"] == "COMPLETED"]
 
 
-def test_shards_and_cells_on_a_cluster_give_the_ids_of_one_process(
-    place: tuple[Path, dict[str, str]], cluster: str
-) -> None:
-    folder, environment = place
-    sweep = run_flow(place, "sweep", {"shapes": ["32x32x64"], "mappings": MAPPINGS, "ray": cluster})
-    build = run_flow(place, "build", {"shape": "32x32x64", "mapping": "nearest", "ray": cluster})
+def test_shards_and_cells_on_a_cluster_give_the_ids_of_one_process(server: Server, cluster: str) -> None:
+    folder = server.folder
+    sweep = run_flow(server, "sweep", {"shapes": ["32x32x64"], "mappings": MAPPINGS, "ray": cluster})
+    build = run_flow(server, "build", {"shape": "32x32x64", "mapping": "nearest", "ray": cluster})
     for mapping in MAPPINGS:
         alone = folder / mapping
         arguments = [str(folder / "vectors.npy"), "--shape", "32x32x64", "--mapping", mapping, "--out", str(alone)]
@@ -137,6 +119,6 @@ def test_shards_and_cells_on_a_cluster_give_the_ids_of_one_process(
     lots = [f"{stage}, lot {lot} of {SHARDS}" for stage in ("Import the vectors",) * 2 for lot in range(SHARDS)]
     lots += [f"Encode the vectors, lot {lot} of {SHARDS}" for lot in range(SHARDS)]
     deadline = time.monotonic() + 30
-    while sorted(task_runs(environment, "lot")) != sorted(lots):
-        assert time.monotonic() < deadline, task_runs(environment, "lot")
+    while sorted(task_runs(server, "lot")) != sorted(lots):
+        assert time.monotonic() < deadline, task_runs(server, "lot")
         time.sleep(0.5)

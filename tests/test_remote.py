@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import clustered_vectors
-from dashboard import free_port
+from servers import free_port
 from small_runs import published
 
 from semids.cli import main

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,11 +16,12 @@ import numpy as np
 import psutil
 import pytest
 from conftest import clustered_vectors
-from dashboard import find_deployment, free_port
+from dashboard import find_deployment
+from servers import Server, make_server
 from small_runs import published
 
 from deployments.apply import PROCESS_POOL
-from deployments.up import start_prefect, wait_for_server
+from deployments.up import start_prefect
 from semids.verification import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("worker")]
@@ -35,14 +35,12 @@ ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 class Services:
     """A server with the deployments of the project, and a worker that can be killed."""
 
-    folder: Path
-    address: str
-    environment: dict[str, str]
+    server: Server
     worker: subprocess.Popen[bytes] | None = None
 
     def start_worker(self) -> None:
         """Start the worker."""
-        self.worker = start_prefect(["worker", "start", "--pool", PROCESS_POOL], self.environment)
+        self.worker = start_prefect(["worker", "start", "--pool", PROCESS_POOL], self.server.environment)
 
     def stop_worker(self) -> None:
         """Ask the worker to end, and wait."""
@@ -57,20 +55,14 @@ class Services:
             process.send_signal(signal.SIGKILL)
         self.worker.wait(timeout=30)
 
-    def post(self, path: str, body: Any) -> Any:
-        """Send something to the server and return its answer."""
-        answer = httpx.post(f"{self.address}/api/{path}", json=body, timeout=60)
-        answer.raise_for_status()
-        return answer.json()
-
     def start(self, config: dict[str, Any]) -> str:
         """Start the deployment build, and return the run's id."""
-        place = find_deployment(self.address, "build")
-        return self.post(f"deployments/{place}/create_flow_run", {"parameters": {"config": config}})["id"]
+        place = find_deployment(self.server.address, "build")
+        return self.server.post(f"deployments/{place}/create_flow_run", {"parameters": {"config": config}})["id"]
 
     def state(self, run: str) -> str:
         """Return the type of a run's state."""
-        answer = httpx.get(f"{self.address}/api/flow_runs/{run}", timeout=60)
+        answer = httpx.get(f"{self.server.address}/api/flow_runs/{run}", timeout=60)
         answer.raise_for_status()
         return answer.json()["state_type"]
 
@@ -85,33 +77,23 @@ class Services:
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    folder = tmp_path_factory.mktemp("worker")
-    port = str(free_port())
-    named = {
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_SERVER_API_HOST": "127.0.0.1",
-        "PREFECT_SERVER_API_PORT": port,
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    }
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | named
-    server = start_prefect(["server", "start"], environment)
-    started = Services(folder, f"http://127.0.0.1:{port}", environment)
-    try:
-        wait_for_server(server, started.address)
-        subprocess.run([sys.executable, "-m", "deployments.apply"], env=environment, cwd=folder, check=True)
+    server = make_server(tmp_path_factory.mktemp("worker"))
+    with server.running():
+        subprocess.run(
+            [sys.executable, "-m", "deployments.apply"], env=server.environment, cwd=server.folder, check=True
+        )
+        started = Services(server)
         started.start_worker()
-        yield started
-    finally:
-        started.stop_worker()
-        server.terminate()
-        server.wait(timeout=60)
+        try:
+            yield started
+        finally:
+            started.stop_worker()
 
 
 @pytest.fixture(scope="module")
 def catalogue(services: Services) -> str:
-    np.save(services.folder / "vectors.npy", clustered_vectors(60_000, 64))
-    return str(services.folder / "vectors.npy")
+    np.save(services.server.folder / "vectors.npy", clustered_vectors(60_000, 64))
+    return str(services.server.folder / "vectors.npy")
 
 
 def config(catalogue: str, out: str) -> dict[str, Any]:
@@ -122,7 +104,7 @@ def config(catalogue: str, out: str) -> dict[str, Any]:
 def undisturbed(services: Services, catalogue: str) -> bytes:
     """The IDs that a run leaves which nothing interrupts."""
     assert services.wait(services.start(config(catalogue, "runs/undisturbed"))) == "COMPLETED"
-    return ids_of(services.folder / "runs" / "undisturbed")
+    return ids_of(services.server.folder / "runs" / "undisturbed")
 
 
 def ids_of(run: Path) -> bytes:
@@ -143,26 +125,26 @@ def finished_stages(run: Path) -> dict[str, int]:
 
 
 def test_a_schedule_starts_a_run(services: Services, catalogue: str, undisturbed: bytes) -> None:
-    place = find_deployment(services.address, "build")
+    place = find_deployment(services.server.address, "build")
     parameters = {"config": config(catalogue, "runs/scheduled")}
     schedule = {"schedule": {"interval": 15}, "active": True, "parameters": parameters}
-    made = services.post(f"deployments/{place}/schedules", [schedule])[0]["id"]
+    made = services.server.post(f"deployments/{place}/schedules", [schedule])[0]["id"]
     query = {"deployments": {"id": {"any_": [place]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not any(run["auto_scheduled"] for run in services.post("flow_runs/filter", query)):
+    while not any(run["auto_scheduled"] for run in services.server.post("flow_runs/filter", query)):
         assert time.monotonic() < deadline
         time.sleep(1)
-    httpx.delete(f"{services.address}/api/deployments/{place}/schedules/{made}").raise_for_status()
-    assert ids_of(services.folder / "runs" / "scheduled") == undisturbed
+    httpx.delete(f"{services.server.address}/api/deployments/{place}/schedules/{made}").raise_for_status()
+    assert ids_of(services.server.folder / "runs" / "scheduled") == undisturbed
 
 
 def test_a_cancelled_run_leaves_nothing_half_written_and_goes_on(
     services: Services, catalogue: str, undisturbed: bytes
 ) -> None:
-    folder = services.folder / "runs" / "cancelled"
+    folder = services.server.folder / "runs" / "cancelled"
     run = services.start(config(catalogue, "runs/cancelled"))
     before = wait_for_stage(folder)
-    services.post(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    services.server.post(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     assert services.wait(run) == "CANCELLED"
     assert verify_run(folder).faults == []
     assert services.wait(services.start(config(catalogue, "runs/cancelled"))) == "COMPLETED"
@@ -173,7 +155,7 @@ def test_a_cancelled_run_leaves_nothing_half_written_and_goes_on(
 def test_a_killed_worker_s_run_is_shown_as_crashed_and_goes_on(
     services: Services, catalogue: str, undisturbed: bytes
 ) -> None:
-    folder = services.folder / "runs" / "killed"
+    folder = services.server.folder / "runs" / "killed"
     run = services.start(config(catalogue, "runs/killed"))
     before = wait_for_stage(folder)
     services.kill_worker()
