@@ -12,25 +12,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from types import FrameType
 
 from deployments.apply import PROCESS_POOL
 
 START_SECONDS = 180
 STOP_SECONDS = 40
-SQLITE_SETTINGS = {
-    f"PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_{name}": value
-    for name, value in {"BATCH_SIZE": "100", "READ_BATCH_SIZE": "100", "FLUSH_INTERVAL": "1"}.items()
-}
-"""SQLite takes one writer at a time. A transaction for each state of each task, the default, makes runs wait for one
-another, and those that wait too long lose a state to "database is locked"; a transaction a second does not."""
 
 
-def start_prefect(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a Prefect command whose output but for errors is left out."""
-    command = [sys.executable, "-m", "prefect", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+def start_server(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start the server; of its output errors are shown."""
+    return _start("deployments.server", environment)
+
+
+def start_worker(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a worker of the process pool; of its output errors are shown."""
+    return _start("prefect", environment, "worker", "start", "--pool", PROCESS_POOL)
 
 
 def wait_for_server(server: subprocess.Popen[bytes], address: str) -> None:
@@ -58,18 +55,18 @@ def main() -> int:
     address = f"http://{host}:{port}"
     # The dashboard asks the address that these name; the command's own options would leave it at the default port.
     named = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_API_URL": f"{address}/api"}
-    environment = SQLITE_SETTINGS | os.environ | named
+    environment = os.environ | named
 
     def end(signal_number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
-    running = [start_prefect(["server", "start"], environment)]
+    running = [start_server(environment)]
     try:
         wait_for_server(running[0], address)
         if code := subprocess.run([sys.executable, "-m", "deployments.apply"], env=environment, check=False).returncode:
             return code
-        running.append(start_prefect(["worker", "start", "--pool", PROCESS_POOL], environment))
+        running.append(start_worker(environment))
         print(f"\nDashboard: {address}   (Deployments → quick-look → Run; stop with Ctrl-C)", flush=True)
         while all(process.poll() is None for process in running):
             time.sleep(0.5)
@@ -82,6 +79,10 @@ def main() -> int:
         for process in reversed(running):
             process.terminate()
             process.wait(timeout=STOP_SECONDS)
+
+
+def _start(module: str, environment: dict[str, str], *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

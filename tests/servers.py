@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from deployments.up import SQLITE_SETTINGS, wait_for_server
+from deployments.up import wait_for_server
 
 
 def free_port() -> int:
@@ -39,7 +39,7 @@ class Server:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the server, and return once it answers."""
-        command = [sys.executable, "-m", "prefect", "server", "start"]
+        command = [sys.executable, "-m", "deployments.server"]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
         wait_for_server(process, self.address)
@@ -63,7 +63,7 @@ class Server:
 
 
 def make_server(folder: Path, **settings: str) -> Server:
-    """Return a server that is not started yet; `settings` are added to those of `make up`."""
+    """Return a server that is not started yet, with further settings."""
     port = str(free_port())
     address = f"http://127.0.0.1:{port}"
     named = {
@@ -75,4 +75,4 @@ def make_server(folder: Path, **settings: str) -> Server:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     }
     others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return Server(folder, address, others | SQLITE_SETTINGS | named | settings)
+    return Server(folder, address, others | named | settings)

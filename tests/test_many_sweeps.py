@@ -37,7 +37,9 @@ def started_postgres() -> Generator[str]:
         if owner:
             shutil.chown(name, owner)
         data, run = Path(name) / "data", {"user": owner, "cwd": name, "stdout": subprocess.DEVNULL}
-        subprocess.run([PROGRAMS / "initdb", "--auth=trust", "--username=semids", data], check=True, **run)
+        subprocess.run(
+            [PROGRAMS / "initdb", "--auth=trust", "--encoding=UTF8", "--username=semids", data], check=True, **run
+        )
         options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={name}"
         control = [PROGRAMS / "pg_ctl", f"--pgdata={data}", "--wait"]
         subprocess.run([*control, f"--options={options}", f"--log={name}/log", "start"], check=True, **run)
@@ -48,7 +50,10 @@ def started_postgres() -> Generator[str]:
 
 
 def run_sweeps(server: Server) -> None:
-    """Start the sweeps together; each must end with success."""
+    """Register everything, and start the sweeps together; each must end with success."""
+    # Automations have the server write at every event of a run.
+    apply = [sys.executable, "-m", "deployments.apply"]
+    subprocess.run(apply, env=server.environment, cwd=server.folder, check=True)
     np.save(server.folder / "vectors.npy", clustered_vectors(2000, 16))
     common = {"catalogue": {"path": str(server.folder / "vectors.npy")}, "shapes": SHAPES, "mappings": MAPPINGS}
     processes: list[subprocess.Popen[str]] = []

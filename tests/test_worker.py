@@ -20,8 +20,7 @@ from dashboard import find_deployment
 from servers import Server, make_server
 from small_runs import published
 
-from deployments.apply import PROCESS_POOL
-from deployments.up import start_prefect
+from deployments.up import start_worker
 from semids.verification import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("worker")]
@@ -40,7 +39,7 @@ class Services:
 
     def start_worker(self) -> None:
         """Start the worker."""
-        self.worker = start_prefect(["worker", "start", "--pool", PROCESS_POOL], self.server.environment)
+        self.worker = start_worker(self.server.environment)
 
     def stop_worker(self) -> None:
         """Ask the worker to end, and wait."""
