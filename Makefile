@@ -37,7 +37,7 @@ run: install runs/sample.parquet
 	$(BIN)/python -m flows.sweep deployments/configs/sample-sweep.yaml
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 check: install
 	$(BIN)/ruff check .

@@ -112,6 +112,11 @@ class Dashboard:
             self.page.wait_for_timeout(500)
         raise TimeoutError(f"the run did not end within {seconds} s: {self.page.inner_text('body')[:2000]}")
 
+    def logs(self, run: str) -> str:
+        """Return what the server has of a run's log."""
+        query = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
+        return "\n".join(line["message"] for line in httpx.post(f"{self.address}/api/logs/filter", json=query).json())
+
     def open_artifacts(self) -> None:
         """Open the list of artifacts on a run's page."""
         self.page.get_by_role("tab", name="Artifacts").or_(self.page.get_by_text("Artifacts", exact=True)).first.click()

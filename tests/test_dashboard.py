@@ -52,7 +52,7 @@ def test_a_sweep_is_started_from_the_form_watched_and_read(address: str, place: 
         dashboard.field("Vector column").fill("vector")
         dashboard.field("Run folder").fill(f"runs/{version}")
         run = dashboard.submit_run()
-        assert dashboard.wait_until_done(run, seconds=300) == "Completed"
+        assert dashboard.wait_until_done(run, seconds=300) == "Completed", dashboard.logs(run)
         assert f"sweep · items-{version} · 3 shapes × 3 mappings" in dashboard.text()
         dashboard.open_artifacts()
         dashboard.open_artifact(f"comparison-items-{version}")
