@@ -1,20 +1,26 @@
-"""A Prefect server of a test's own, on a free port of loopback and with a database that nobody else uses."""
+"""A Prefect server and a Ray cluster of a test's own, on free ports of loopback."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import psutil
 
 from deployments.up import wait_for_server
+
+NODE_SECONDS = 180
 
 
 def free_port() -> int:
@@ -76,3 +82,45 @@ def make_server(folder: Path, **settings: str) -> Server:
     }
     others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return Server(folder, address, others | named | settings)
+
+
+@contextmanager
+def started_cluster(workers: int) -> Generator[str]:
+    """Start a Ray cluster of so many nodes with one processor each, and yield its address."""
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
+    start += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+    address = f"127.0.0.1:{(port := free_port())}"
+    head = ["--head", f"--port={port}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
+    # The path of a socket has 107 bytes at most: that of a test's folder may be longer.
+    with ExitStack() as nodes:
+        folder = nodes.enter_context(TemporaryDirectory(prefix="ray-"))
+        for number in range(workers):
+            part = [f"--address={address}"] if number else [*head, f"--temp-dir={folder}"]
+            nodes.enter_context(_ended_with_children([*start, *part], environment))
+            _wait_for_nodes(address, number + 1)
+        yield address
+
+
+@contextmanager
+def _ended_with_children(command: list[str], environment: dict[str, str]) -> Generator[None]:
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            member.send_signal(signal.SIGKILL)
+        psutil.wait_procs(family, timeout=30)
+
+
+def _wait_for_nodes(address: str, count: int) -> None:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={address}"]
+    deadline = time.monotonic() + NODE_SECONDS
+    while True:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.stdout.count("node_") >= count:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Ray did not start {count} nodes: {answer.stderr}")
+        time.sleep(0.5)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 from conftest import clustered_vectors
-from servers import Server, free_port, make_server
+from servers import Server, make_server, started_cluster
 from small_runs import published
 
 from semids.cli import main
@@ -32,44 +27,11 @@ PATIENCE_SECONDS = 180
 MAPPINGS = ["nearest", "capacity"]
 
 
-@contextmanager
-def started(command: list[str], environment: dict[str, str]) -> Iterator[None]:
-    """Have a part of a cluster running, and end it with every process that it started."""
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            member.send_signal(signal.SIGKILL)
-        psutil.wait_procs(family, timeout=30)
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a head and of a worker that joined it, one processor each."""
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
-    start += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
-    address = f"127.0.0.1:{(port := free_port())}"
-    head = ["--head", f"--port={port}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
-    # The path of a socket has 107 bytes at most: that of a test's folder may be longer.
-    with TemporaryDirectory(prefix="ray-") as folder, started([*start, *head, f"--temp-dir={folder}"], environment):
-        wait_for_nodes(address, 1)
-        with started([*start, f"--address={address}"], environment):
-            wait_for_nodes(address, 2)
-            yield address
-
-
-def wait_for_nodes(address: str, count: int) -> None:
-    command = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={address}"]
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.stdout.count("node_") >= count:
-            return
-        assert time.monotonic() < deadline, answer.stderr
-        time.sleep(0.5)
+    with started_cluster(workers=2) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,126 @@
+"""Measure what Prefect, and Ray, add to a sweep: the same cells without them, in turns, in a process each.
+
+Run it with `python -m tests.benchmarks.overhead VECTORS.npy`; it writes `tests/benchmarks/overhead.json` and prints a
+table. Without Prefect, cells are run two at a time, as a sweep runs them. Interpreters, imports, the comparison of the
+cells and everything that ends a process count; the Prefect server and the Ray cluster are there already, on the same
+processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from semids.store import read_sealed_json
+from tasks.cluster import CELLS_AT_A_TIME
+from tests.benchmarks.measure import Record, record_path
+from tests.servers import Server, make_server, started_cluster
+
+PART = "overhead"
+WITHOUT, PREFECT, RAY = "without Prefect", "Prefect", "Prefect and Ray"
+SHARD_STAGES = {"vectors-": "Import the vectors", "codes-": "Encode the vectors"}
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    """Run the contenders in turns, and write how long they took."""
+    common = {
+        "catalogue": {"path": str(arguments.vectors.resolve())},
+        "shapes": arguments.shapes,
+        "mappings": ["nearest", "capacity"],
+    }
+    record = Record(PART, common | {"catalogue": arguments.vectors.name, "cells_at_a_time": CELLS_AT_A_TIME})
+    server = make_server(folder)
+    with server.running(), started_cluster(workers=2) as cluster:
+        for turn in range(arguments.turns):
+            ids: set[str] = set()
+            for name, command, changes in (
+                (WITHOUT, ["tests.benchmarks.without_prefect", str(CELLS_AT_A_TIME)], {}),
+                (PREFECT, ["flows.sweep"], {}),
+                (RAY, ["flows.sweep"], {"ray": cluster}),
+            ):
+                out = folder / f"{name} {turn}"
+                config = folder / f"{name} {turn}.yaml"
+                config.write_text(yaml.safe_dump(common | changes | {"out": str(out)}))
+                wall, cpu = run_timed(
+                    [sys.executable, "-m", module, str(config), str(CELLS_AT_A_TIME)], server.environment
+                )
+                record.add_run(name, wall=wall, cpu=cpu)
+                print(f"{name}: {wall:.1f} s", flush=True)
+                if turn == 0:
+                    record.add_figures(name, shard_seconds(out) | (lot_seconds(server) if name == RAY else {}))
+                ids.add(digest_ids(out))
+            if len(ids) != 1:
+                raise SystemExit("the contenders gave different IDs")
+
+
+def run_timed(command: list[str], environment: Mapping[str, str]) -> tuple[float, float]:
+    """Run a command; return the seconds that passed, and those of processors in it and its children."""
+    wall, before = time.perf_counter(), os.times()
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - wall, cpu
+
+
+def shard_seconds(out: Path) -> dict[str, list[float]]:
+    """Return the seconds that each stage made of shards took, of a run folder."""
+    return {
+        title: sorted(
+            round(read_sealed_json(path / "manifest.json")["seconds"], 2)
+            for path in (out / "stages").glob(f"{prefix}*")
+        )
+        for prefix, title in SHARD_STAGES.items()
+    }
+
+
+def lot_seconds(server: Server) -> dict[str, list[float]]:
+    """Return the seconds of the task runs that made lots of shards, as the server has them."""
+    runs = server.post("task_runs/filter", {"task_runs": {"name": {"like_": ", lot "}}, "limit": 200})
+    took: dict[str, list[float]] = {}
+    for run in runs:
+        seconds = datetime.fromisoformat(run["end_time"]) - datetime.fromisoformat(run["start_time"])
+        took.setdefault(f"lot: {run['name'].partition(',')[0]}", []).append(round(seconds.total_seconds(), 2))
+    return took
+
+
+def digest_ids(out: Path) -> str:
+    """Return the digest of the IDs of all cells."""
+    found = sorted((out / "results").rglob("semantic_ids.parquet"))
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in found)).hexdigest()
+
+
+def format_overhead() -> str:
+    """Return the table of what was measured."""
+    contenders: dict[str, Any] = json.loads(record_path(PART).read_text(encoding="utf-8"))["contenders"]
+    walls = {name: min(run["wall"] for run in body["runs"]) for name, body in contenders.items()}
+    lines = ["| | wall, s | share of it added |", "|---|---:|---:|"]
+    lines += [f"| {name} | {wall:.1f} | {1 - walls[WITHOUT] / wall:.1%} |" for name, wall in walls.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.overhead", description=__doc__)
+    parser.add_argument("vectors", type=Path, help="an .npy of vectors")
+    parser.add_argument("--shapes", nargs="+", default=["256x256x256", "128x128x128x128"], help="what to sweep")
+    parser.add_argument("--turns", type=int, default=3, help="how often each contender runs")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments, Path(folder))
+    print(format_overhead())
+
+
+if __name__ == "__main__":
+    main()
