@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
@@ -46,16 +47,21 @@ def make_pools() -> None:
 def limit_gpu() -> None:
     """Let one stage at a time use the GPU; a limit that is there stays as it is."""
     with get_client(sync_client=True) as client:
-        try:
+        # Creating one that is there would be refused too, with a traceback in the server's log.
+        if GPU_LIMIT not in {limit.name for limit in client.read_global_concurrency_limits(limit=200)}:
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1))
-        except ObjectAlreadyExists:
-            return
 
 
 def deploy() -> int:
-    """Register the deployments of prefect.yaml and return the exit code."""
+    """Register the deployments of prefect.yaml and return the exit code; what Prefect says is shown if it fails."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
-    return subprocess.run(command, check=False).returncode
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if ended.returncode:
+        print(ended.stdout, file=sys.stderr)
+        return ended.returncode
+    names = [deployment["name"] for deployment in yaml.safe_load(PREFECT_FILE.read_text())["deployments"]]
+    print(f"Registered: {', '.join(names)}.")
+    return 0
 
 
 def main() -> int:

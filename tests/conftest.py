@@ -20,6 +20,11 @@ from numpy.typing import NDArray
 from small_catalogues import scanner
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what runs in one worker, one after the other, and mostly waits: the rest fills the gaps."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real catalogues and published IDs."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -20,6 +25,7 @@ from dashboard import find_deployment
 from servers import Server, make_server
 from small_runs import published
 
+from deployments.automations import NOTIFICATION
 from deployments.up import start_worker
 from semids.verification import verify_run
 
@@ -27,6 +33,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("worker")]
 
 CRASHED_WITHIN_SECONDS = 120
 PATIENCE_SECONDS = 240
+SAVE_WEBHOOK = """
+import os
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+body = {"subject": "{{subject}}", "body": "{{body}}"}
+CustomWebhookNotificationBlock(name="alarms", url=os.environ["WEBHOOK"], json_data=body).save("alarms")
+"""
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -61,9 +73,21 @@ class Services:
 
     def state(self, run: str) -> str:
         """Return the type of a run's state."""
+        return self._state(run)["type"]
+
+    def message(self, run: str) -> str:
+        """Return what a run's state says."""
+        return self._state(run)["message"]
+
+    def retry(self, run: str) -> None:
+        """Do what the dashboard's button Retry does."""
+        state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the Prefect UI"}
+        self.server.post(f"flow_runs/{run}/set_state", {"state": state, "force": True})
+
+    def _state(self, run: str) -> Any:
         answer = httpx.get(f"{self.server.address}/api/flow_runs/{run}", timeout=60)
         answer.raise_for_status()
-        return answer.json()["state_type"]
+        return answer.json()["state"]
 
     def wait(self, run: str, seconds: float = PATIENCE_SECONDS) -> str:
         """Wait until a run has ended, and return how."""
@@ -164,3 +188,50 @@ def test_a_killed_worker_s_run_is_shown_as_crashed_and_goes_on(
     assert services.wait(services.start(config(catalogue, "runs/killed"))) == "COMPLETED"
     assert ids_of(folder) == undisturbed
     assert before.items() <= finished_stages(folder).items()
+
+
+def test_of_a_run_that_is_started_twice_one_goes_on_and_the_other_can_be_retried(
+    services: Services, catalogue: str, undisturbed: bytes
+) -> None:
+    folder = services.server.folder / "runs" / "twice"
+    runs = [services.start(config(catalogue, "runs/twice")) for _ in range(2)]
+    states = {services.wait(run): run for run in runs}
+    assert set(states) == {"COMPLETED", "FAILED"}
+    assert "runs/twice" in services.message(states["FAILED"])
+    finished = finished_stages(folder)
+    assert ids_of(folder) == undisturbed
+    services.retry(states["FAILED"])
+    assert services.wait(states["FAILED"]) == "COMPLETED"
+    assert finished_stages(folder) == finished
+
+
+def test_a_collision_rate_above_its_limit_sends_a_message(services: Services, catalogue: str) -> None:
+    with started_listener() as (url, messages):
+        environment = services.server.environment | {"WEBHOOK": url, NOTIFICATION: "custom-webhook/alarms"}
+        for command in (["-c", SAVE_WEBHOOK], ["-m", "deployments.apply"]):
+            subprocess.run([sys.executable, *command], env=environment, cwd=services.server.folder, check=True)
+        loud = {"shape": "16x16x16", "alarm_collision_rate": 0.5}
+        assert services.wait(services.start(config(catalogue, "runs/loud") | loud)) == "COMPLETED"
+        report = json.loads((published(services.server.folder / "runs" / "loud") / "report.json").read_text())
+        message = messages.get(timeout=60)
+    assert message["subject"] == "semids: too many items collide"
+    label, _, figures = message["body"].partition(": ")
+    assert label == "16x16x16-capacity-residual-kmeans"
+    assert figures.startswith(f"collision rate {report['collision_rate']}, floor ")
+
+
+@contextmanager
+def started_listener() -> Iterator[tuple[str, Queue[dict[str, str]]]]:
+    """Listen on loopback; yield the address, and the messages that are posted to it."""
+    messages: Queue[dict[str, str]] = Queue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        Thread(target=listener.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.server_port}", messages
+        listener.shutdown()

@@ -53,9 +53,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
                 out = folder / f"{name} {turn}"
                 config = folder / f"{name} {turn}.yaml"
                 config.write_text(yaml.safe_dump(common | changes | {"out": str(out)}))
-                wall, cpu = run_timed(
-                    [sys.executable, "-m", module, str(config), str(CELLS_AT_A_TIME)], server.environment
-                )
+                wall, cpu = run_timed([sys.executable, "-m", *command, str(config)], server.environment)
                 record.add_run(name, wall=wall, cpu=cpu)
                 print(f"{name}: {wall:.1f} s", flush=True)
                 if turn == 0:
