@@ -66,8 +66,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
 def run_timed(command: list[str], environment: Mapping[str, str]) -> tuple[float, float]:
     """Run a command; return the seconds that passed, and those of processors in it and its children."""
     wall, before = time.perf_counter(), os.times()
-    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     after = os.times()
+    if ended.returncode:
+        raise SystemExit(ended.stderr)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return time.perf_counter() - wall, cpu
 
@@ -76,7 +78,7 @@ def shard_seconds(out: Path) -> dict[str, list[float]]:
     """Return the seconds that each stage made of shards took, of a run folder."""
     return {
         title: sorted(
-            round(read_sealed_json(path / "manifest.json")["seconds"], 2)
+            round(read_sealed_json(path / "manifest.json")["run"]["seconds"], 2)
             for path in (out / "stages").glob(f"{prefix}*")
         )
         for prefix, title in SHARD_STAGES.items()

@@ -17,7 +17,7 @@ from semids.runs import build_cell, local_runner
 
 def main(cells_at_a_time: int, path: str) -> None:
     """Build and publish every cell of the sweep that the file describes."""
-    config = read_config(SweepConfig, path)
+    config = read_config(path, SweepConfig)
     run = local_runner(Path(config.out), silent)
     items = run(pipeline.scan_catalogue(config))
     vectors = run(pipeline.make_vectors(config, items))
