@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -43,6 +43,9 @@ class CatalogueSettings(Settings):
     """Column of the category, used with the brand column to count products."""
     train_split: str = Field(default="train", title="Training split")
     """Name of the split that codebooks are trained on."""
+    duplicates: Literal["share", "split"] = "share"
+    """What items with equal content get. share: one ID, since no code that follows from content can differ. split: each
+    counts as a content of its own, which the mapping capacity places apart; the others still give them equal codes."""
     max_quarantine_fraction: float = Field(default=0.01, ge=0, le=1, title="Unusable items allowed (fraction)")
     """Largest part of the items, from 0 to 1, that may be unusable and set aside before the run is refused."""
 

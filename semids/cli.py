@@ -207,7 +207,7 @@ def _tokenize(parsed: argparse.Namespace) -> None:
     folder = Path(config.out)
     with run_lock(folder):
         config = runs.fetch_catalogue(config)
-        run = checking_runner(config, runs.local_runner(folder, TerminalProgress()))
+        run = checking_runner([config], runs.local_runner(folder, TerminalProgress()))
         refs = runs.build(config, run)
         where = results.publish(config, refs)
     _print_figures([refs.report])

@@ -69,6 +69,10 @@ def _bound(value: Any) -> Any:
     return None if value.strip().lower() in ("", "none") else value.strip()
 
 
+def _one_or_more(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
 QuantizerName = Annotated[
     str, AfterValidator(_known_quantizer), WithJsonSchema({"type": "string", "enum": list(QUANTIZERS)})
 ]
@@ -79,6 +83,8 @@ Shape = Annotated[
     WithJsonSchema({"type": "string", "pattern": r"^\s*[0-9]+(\s*[xX]\s*[0-9]+)*\s*$"}),
 ]
 AS_TEXT = (BeforeValidator(_bound), WithJsonSchema({"type": "string"}))
+AUTO: Literal["auto"] = "auto"
+Limit = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, *AS_TEXT]
 
 if TYPE_CHECKING:
     AnyEmbedderSettings = EmbedderSettings
@@ -117,9 +123,6 @@ class CommonConfig(Settings):
     """How each quantizer trains."""
     suffix: bool = False
     """Add a last token that makes every item's ID unique (TIGER's way of resolving collisions)."""
-    max_contents_per_id: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, *AS_TEXT] = "auto"
-    """Distinct contents that may share an ID under the mapping capacity: 1 allows no collision, none sets no limit,
-    and auto takes the least that the numbers of contents and of IDs allow."""
     min_contents_per_id: Annotated[Literal["auto"] | Annotated[int, Field(ge=0)], *AS_TEXT] = "auto"
     """Distinct contents that every ID must have under the mapping capacity: auto takes 1 where there are enough of
     them, else 0."""
@@ -175,6 +178,9 @@ class BuildConfig(CommonConfig):
     bounds allow, so that collisions are as few as can be."""
     quantizer: QuantizerName = "residual_kmeans"
     """How codebooks are made."""
+    max_contents_per_id: Limit = "auto"
+    """Distinct contents that may share an ID under the mapping capacity: 1 allows no collision, none sets no limit,
+    and auto takes the least that the numbers of contents and of IDs allow."""
 
     @model_validator(mode="after")
     def _mapping_exists(self) -> BuildConfig:
@@ -236,6 +242,10 @@ class SweepConfig(CommonConfig):
     bounds allow."""
     quantizers: list[QuantizerName] = Field(default=["residual_kmeans"], min_length=1)
     """How codebooks are made."""
+    max_contents_per_id: Annotated[list[Limit], BeforeValidator(_one_or_more)] = Field(["auto"], min_length=1)
+    """Distinct contents that may share an ID under the mapping capacity, a cell for each: 1 allows no collision, none
+    sets no limit, and auto takes the least that the numbers of contents and of IDs allow. Several show what fewer
+    collisions cost."""
 
     @model_validator(mode="after")
     def _settings_fit(self) -> SweepConfig:
@@ -247,11 +257,16 @@ class SweepConfig(CommonConfig):
     @property
     def label(self) -> str:
         """The sweep in a few words."""
-        lists = {"shape": self.shapes, "mapping": self.mappings, "quantizer": self.quantizers}
+        lists = {
+            "shape": self.shapes,
+            "mapping": self.mappings,
+            "quantizer": self.quantizers,
+            "limit": self.max_contents_per_id,
+        }
         counts = [
             f"{len(values)} {name}{'s' * (len(values) > 1)}"
             for name, values in lists.items()
-            if len(values) > 1 or name != "quantizer"
+            if len(values) > 1 or name in ("shape", "mapping")
         ]
         return f"{Path(self.catalogue.path).stem} · {' × '.join(counts)}"
 
@@ -260,11 +275,13 @@ class SweepConfig(CommonConfig):
         # On a cluster a cell runs whole on one machine.
         common: dict[str, Any] = {name: getattr(self, name) for name in CommonConfig.model_fields} | {"ray": ""}
         return [
-            BuildConfig(**common, shape=shape, mapping=mapping, quantizer=quantizer)
+            BuildConfig(**common, shape=shape, mapping=mapping, quantizer=quantizer, max_contents_per_id=limit)
             for shape in dict.fromkeys(self.shapes)
             for quantizer in dict.fromkeys(self.quantizers)
             for mapping in dict.fromkeys(self.mappings)
             if mapping in QUANTIZERS[quantizer].mappings
+            # The others have no limit to vary.
+            for limit in dict.fromkeys(self.max_contents_per_id if mapping == "capacity" else [AUTO])
         ]
 
 

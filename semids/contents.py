@@ -28,6 +28,15 @@ def digest_content(data: bytes | memoryview) -> bytes:
     return blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
+def digest_of_item(digest: bytes, identifier: Any) -> bytes:
+    """Return the 16 bytes that identify an item's content as its own, given those that identify the content.
+
+    Half of them are the content's: equal contents stay side by side where contents are sorted, and are embedded once.
+    """
+    own = blake2b(repr(identifier).encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES // 2).digest()
+    return digest[: DIGEST_BYTES // 2] + own
+
+
 def digest_words(digests: Sequence[bytes]) -> NDArray[np.uint64]:
     """Return (n, 2) uint64 words that sort as the n digests do."""
     return np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2).astype(np.uint64)

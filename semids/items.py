@@ -14,7 +14,15 @@ import numpy as np
 import pyarrow as pa
 
 from semids.catalogue import Catalogue, CatalogueSettings, Template, catalogue_digest, is_vectors, open_catalogue
-from semids.contents import Buckets, ContentCounts, TableWriter, content_fields, digest_array, digest_content
+from semids.contents import (
+    Buckets,
+    ContentCounts,
+    TableWriter,
+    content_fields,
+    digest_array,
+    digest_content,
+    digest_of_item,
+)
 from semids.errors import UsageError
 from semids.intake import CONTROL, Intake, as_text, commit_items
 from semids.readers import Columns
@@ -99,6 +107,8 @@ def _read(catalogue: Catalogue, intake: Intake, buckets: Buckets, output: StageO
             data, fault = _encode(text)
             faults.append(fault)
             digests.append(digest_content(data))
+        if catalogue.settings.duplicates == "split":
+            digests = list(map(digest_of_item, digests, columns[catalogue.settings.id_column]))
         usable = intake.take(first_row, columns, faults)
         if usable.places:
             kept = [digests[place] for place in usable.places]

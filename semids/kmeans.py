@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Vectors
+from semids.device import DeviceLloyd, accelerator
 from semids.errors import UsageError
 
 ROWS_PER_CODEWORD = 1024
@@ -27,8 +28,8 @@ class CodebookFit:
 
     Args:
         codebook: (K, d) float32 codewords.
-        mean_squared_error: mean squared distance of the training rows to their codeword before the last Lloyd step
-            moved it, in squared units of the vectors: no less than that to the codebook.
+        mean_squared_error: mean squared distance of the training rows, each counted once, to their codeword before
+            the last Lloyd step moved it, in squared units of the vectors; without weights no less than to the codebook.
         distinct_codewords: below K when the rows have fewer distinct values than the codebook has codewords.
     """
 
@@ -49,57 +50,96 @@ def sample_rows(rows: int, size: int, *, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(rows, size, replace=False, shuffle=False))
 
 
+@dataclass(frozen=True)
+class Lloyd:
+    """How codewords are looked for.
+
+    Args:
+        iterations: Lloyd steps of each start; 1 leaves codewords near random rows, beyond 50 gains little.
+        restarts: independent starts of which the one with the lowest error is kept.
+    """
+
+    iterations: int
+    restarts: int
+
+
 def fit_codebook(
     rows: Vectors,
     size: int,
+    lloyd: Lloyd,
     *,
-    iterations: int,
-    restarts: int,
     seed: int,
+    weights: NDArray[np.float32] | None = None,
     done: Callable[[int], None] = lambda steps: None,
 ) -> CodebookFit:
-    """Find `size` codewords that lie close to the rows (Lloyd 1982, as `faiss.Kmeans` runs it).
+    """Find `size` codewords that lie close to the rows (Lloyd 1982): by FAISS, or by PyTorch on a CUDA device.
 
     Rows with at most `size` distinct values become the codebook themselves; the places left over repeat
     the first codeword, which no nearest-codeword search prefers to its first copy.
 
     Args:
         rows: (n, d) float32.
-        iterations: Lloyd steps of each restart; 1 leaves codewords near random rows, beyond 50 gains little.
-        restarts: independent starts of which the one with the lowest error is kept.
+        weights: (n,) float32, how often each row counts; None is once.
         done: called with the number of Lloyd steps taken, of iterations × restarts in all.
 
     Raises:
         ShapeError: the rows are not 2-D, not floating point, or not finite.
-        UsageError: FAISS is not installed.
+        UsageError: FAISS is not installed, and there is no CUDA device.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     distinct = distinct_rows(rows, at_most=size)
     if distinct is not None:
         codebook = np.concatenate([distinct, np.repeat(distinct[:1], size - len(distinct), axis=0)])
         return CodebookFit(codebook, 0.0, len(distinct))
-    faiss = _import_faiss()
+    device = accelerator()
+    stepper = _FaissLloyd(rows, size, weights) if device is None else DeviceLloyd(rows, size, weights, device)
     least, codebook = np.inf, np.empty((0, rows.shape[1]), np.float32)
-    for restart in range(restarts):
-        centroids: NDArray[np.float32] | None = None
-        objective = np.inf
-        # One step a call, so that each can be told of; FAISS takes the same steps in one call.
-        for iteration in range(iterations):
-            kmeans = faiss.Kmeans(
-                rows.shape[1],
-                size,
-                niter=1,
-                seed=(seed + restart * RESTART_SEED) % (1 << 31),
-                # The caller has drawn the sample: FAISS must neither thin it nor warn that it is small.
-                max_points_per_centroid=len(rows),
-                min_points_per_centroid=1,
-            )
-            objective = float(kmeans.train(rows, init_centroids=centroids))
-            centroids = np.array(kmeans.centroids)
-            done(restart * iterations + iteration + 1)
-        if centroids is not None and (restart == 0 or objective < least):
-            least, codebook = objective, centroids
-    return CodebookFit(codebook, least / len(rows), size)
+    for restart in range(lloyd.restarts):
+        restart_seed = (seed + restart * RESTART_SEED) % (1 << 31)
+        centroids, error = stepper.first_step(restart_seed)
+        done(restart * lloyd.iterations + 1)
+        for iteration in range(1, lloyd.iterations):
+            centroids, error = stepper.step(centroids)
+            done(restart * lloyd.iterations + iteration + 1)
+        if restart == 0 or error < least:
+            least, codebook = error, centroids
+    return CodebookFit(codebook, least, size)
+
+
+class _FaissLloyd:
+    """Lloyd steps as `faiss.Kmeans` takes them, one a call, so that each can be told of: all in one call are the same.
+
+    Args:
+        rows: (n, d) float32.
+        size: codewords.
+        weights: (n,) float32, or None.
+    """
+
+    def __init__(self, rows: NDArray[np.float32], size: int, weights: NDArray[np.float32] | None) -> None:
+        self._faiss, self._rows, self._size, self._weights = _import_faiss(), rows, size, weights
+        self._seed = 0
+
+    def first_step(self, seed: int) -> tuple[NDArray[np.float32], float]:
+        """As `step`, from rows that FAISS draws by the seed."""
+        self._seed = seed
+        return self._step(None)
+
+    def step(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        """Return the moved centroids, and the mean squared distance of the rows to those they were moved from."""
+        return self._step(centroids)
+
+    def _step(self, centroids: NDArray[np.float32] | None) -> tuple[NDArray[np.float32], float]:
+        kmeans = self._faiss.Kmeans(
+            self._rows.shape[1],
+            self._size,
+            niter=1,
+            seed=self._seed,
+            # The caller has drawn the sample: FAISS must neither thin it nor warn that it is small.
+            max_points_per_centroid=len(self._rows),
+            min_points_per_centroid=1,
+        )
+        objective = float(kmeans.train(self._rows, weights=self._weights, init_centroids=centroids))
+        return np.array(kmeans.centroids), objective / len(self._rows)
 
 
 def distinct_rows(rows: NDArray[np.float32], *, at_most: int) -> NDArray[np.float32] | None:
@@ -116,5 +156,7 @@ def _import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise UsageError("training codebooks needs FAISS: install semids[cpu] or semids[gpu], never both") from error
+        raise UsageError(
+            "training codebooks needs FAISS or a CUDA device: install semids[cpu] or semids[gpu], never both"
+        ) from error
     return faiss

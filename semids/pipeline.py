@@ -140,11 +140,15 @@ def _embed(config: CommonConfig, items: Ref, output: StageOutput) -> dict[str, A
 
     def embed_rows(start: int, stop: int) -> NDArray[np.float32]:
         part = pl.scan_parquet(contents, glob=False).select("text").slice(start, stop - start).collect()
-        texts = part["text"].to_list()
+        texts: list[str] = part["text"].to_list()
+        # Where duplicates are contents of their own, equal texts are neighbours.
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         try:
-            return embedder.embed(
-                texts, lambda step, done, total, unit: output.progress("embed texts", start + done, rows, "texts")
+            found = embedder.embed(
+                list(places),
+                lambda step, done, total, unit: output.progress("embed texts", start + done, rows, "texts"),
             )
+            return found if len(found) == len(texts) else found[[places[text] for text in texts]]
         except DataError as error:
             raise DataError(f"texts {start} to {stop - 1} of {contents}: {error}") from error
 
@@ -178,6 +182,7 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
             "contents": contents_digest(items),
             "training": training_digest(config, items),
             "vectors": vectors,
+            **({"items": items} if step.weighted else {}),
             **needed,
         },
         parameters={"quantizer": config.quantizer, "step": step.name, **step.parameters},
@@ -192,7 +197,9 @@ def _train(
 ) -> dict[str, Any]:
     training = multiplicities(items)[config.catalogue.train_split]
     space = StageReader(needed[step.space].path if step.space else vectors.path).array("vectors")
-    data = TrainingData(space, np.flatnonzero(training), output.kept("training"))
+    rows = np.flatnonzero(training)
+    weights = training[rows].astype(np.float32) if step.weighted else None
+    data = TrainingData(space, rows, output.kept("training"), weights)
     tensors = {name: read_tensors(ref) for name, ref in needed.items()}
     outcome = config.make_quantizer(count_contents(items)).run_step(step, data, tensors, output.progress)
     output.commit("tensors.safetensors", lambda path: save_file(outcome.tensors, path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from semids.errors import UsageError
 from semids.memory import available_bytes, held_bytes
 from semids.pipeline import Runner, check_counts
 from semids.reporting import plan_file, plan_name
-from semids.stages import Ref, Stage, left_bytes, made_titles, peek_stage
+from semids.stages import Ref, Stage, left_bytes, made_titles, peek_stage, title_of
 from semids.store import commit_sealed_json
 from semids.text import format_bytes, format_seconds, plain_table
 from semids.work import MEASURED_BYTES, Counts, Machine, Work
@@ -230,28 +230,50 @@ def find_finished(config: BuildConfig) -> Finished:
     return found
 
 
-def checking_runner(config: BuildConfig, run: Runner) -> Runner:
+def checking_runner(configs: Sequence[BuildConfig], run: Runner, *, made: Sequence[Ref] = ()) -> Runner:
     """Return a runner that refuses a run without room before a stage after the catalogue's is made.
 
     Where nothing but the catalogue was read, that is before the first of them. A run whose dimensions are not known
     before a model is loaded is not refused.
 
+    Args:
+        configs: of the cells of a run over one catalogue, which is refused if none of them has room.
+        made: references to stages that are made already, in their order.
+
     Raises, when it is called:
         UsageError: as `Plan.check` does.
     """
-    folder = Path(config.out)
-    seen = Finished()
+    folder = Path(configs[0].out)
+    seen = Finished({title_of(ref): ref for ref in made})
 
     def run_checked(stage: Stage) -> Ref:
         if READ in seen.stages and peek_stage(folder, stage) is None:
             seen.left = left_bytes(folder, stage)
             seen.perhaps = made_titles(folder) - {stage.title}
-            with contextlib.suppress(UnknownDimensionsError):
-                plan_run(config, read_counts(config, seen.stages[READ]), None, seen).check()
+            _check_cells(configs, seen)
         seen.stages[stage.title] = run(stage)
         return seen.stages[stage.title]
 
     return run_checked
+
+
+def _check_cells(configs: Sequence[BuildConfig], seen: Finished) -> None:
+    refused: UsageError | None = None
+    for config in configs:
+        try:
+            plan = plan_run(config, read_counts(config, seen.stages[READ]), None, seen)
+        except UnknownDimensionsError:
+            return
+        except UsageError:
+            continue  # What the catalogue cannot fill is refused by itself; the other cells of a sweep need not be.
+        try:
+            plan.check()
+        except UsageError as error:
+            refused = refused or error
+        else:
+            return
+    if refused is not None:
+        raise refused
 
 
 def leave_plan(config: BuildConfig, plan: Plan) -> Path:

@@ -42,33 +42,53 @@ def plot_report(figures: IdFigures) -> dict[str, bytes]:
 
 
 def plot_comparison(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Draw the collision rate over the relative MSE of `comparison_rows`; None if no row has both."""
+    """Draw the collision rate over the relative MSE of `comparison_rows`, and over the recall; None if none has both.
+
+    Lines join the cells of the mapping capacity that differ in their bounds alone: what fewer collisions cost.
+    """
     points = [row for row in rows if row.get("collision_rate") is not None and row.get("relative_mse") is not None]
     if not points:
         return None
-    figure, (axes,) = _figure(1, 5.4)
-    mappings = sorted({str(row.get("mapping")) for row in points})
-    for index, mapping in enumerate(mappings):
-        chosen = [row for row in points if str(row.get("mapping")) == mapping]
-        x, y = [row["relative_mse"] for row in chosen], [row["collision_rate"] for row in chosen]
-        colour, marker = (BLUE, ORANGE, GREEN, PURPLE, SKY)[index % 5], "osD^v"[index % 5]
-        axes.plot(x, y, marker, color=colour, markersize=8, label=_label(mapping), zorder=3, clip_on=False)
-        for row in chosen:
-            if row.get("floor") is not None:
-                axes.plot(
-                    [row["relative_mse"]] * 2, [row["floor"], row["collision_rate"]], color=colour, lw=1, alpha=0.4
-                )
-                axes.plot(row["relative_mse"], row["floor"], "_", color=colour, markersize=11)
-    axes.margins(x=0.12, y=0.12)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    with_recall = all(row.get("recall") is not None for row in points)
+    figure, (axes, *others) = _figure(1 + with_recall, 5.4 + 3.8 * with_recall)
+    _plot_trade_off(axes, points, "relative_mse")
     _name_axes(axes, "relative MSE at full depth (0 is perfect)", "collision rate")
     axes.set_title("Lower left is better; dashes mark each cell's floor", fontsize=10, color=GREY, loc="left")
-    if mappings != ["None"]:
+    if any(row.get("mapping") is not None for row in points):
         for text in axes.legend(title="mapping", **LEGEND).get_texts():
             text.set_parse_math(False)
+    for panel in others:
+        _plot_trade_off(panel, points, "recall")
+        _name_axes(panel, "10-NN recall (1 is perfect)", "collision rate")
+        panel.set_title("Lower right is better", fontsize=10, color=GREY, loc="left")
     if len(points) <= LABELLED_CELLS:
         _label_points(figure, axes, points)
     return _png(figure)
+
+
+def _plot_trade_off(axes: Axes, points: Sequence[Mapping[str, Any]], figure: str) -> None:
+    """Draw the collision rates of cells over a figure of theirs."""
+    for index, mapping in enumerate(sorted({str(row.get("mapping")) for row in points})):
+        chosen = [row for row in points if str(row.get("mapping")) == mapping]
+        colour, marker = (BLUE, ORANGE, GREEN, PURPLE, SKY)[index % 5], "osD^v"[index % 5]
+        for line in _lines_of_bounds(chosen) if mapping == "capacity" else []:
+            axes.plot([row[figure] for row in line], [row["collision_rate"] for row in line], "-", color=colour, lw=1)
+        x, y = [row[figure] for row in chosen], [row["collision_rate"] for row in chosen]
+        axes.plot(x, y, marker, color=colour, markersize=8, label=_label(mapping), zorder=3, clip_on=False)
+        for row in chosen:
+            if row.get("floor") is not None:
+                axes.plot([row[figure]] * 2, [row["floor"], row["collision_rate"]], color=colour, lw=1, alpha=0.4)
+                axes.plot(row[figure], row["floor"], "_", color=colour, markersize=11)
+    axes.margins(x=0.12, y=0.12)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+
+
+def _lines_of_bounds(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Return the cells of each shape and quantizer by their collision rate, where there are several."""
+    lines: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["collision_rate"]):
+        lines.setdefault((row.get("shape"), row.get("quantizer")), []).append(row)
+    return [line for line in lines.values() if len(line) > 1]
 
 
 def plot_training(note: Mapping[str, Any]) -> bytes:

@@ -210,15 +210,22 @@ def read_costs(take: Take, quantizer: ResidualCodebooks, before: Codes, rows: ND
 
 
 def refit_jointly(
-    take: Take, codes: Codes, codebooks: Sequence[NDArray[np.float32]]
+    take: Take,
+    codes: Codes,
+    codebooks: Sequence[NDArray[np.float32]],
+    *,
+    weights: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.float32], ...]:
     """Return the codebooks of all levels that reconstruct the rows best, given their (n, L) codes.
 
     Least squares over all codewords at once (the codebook update of additive quantization, Babenko and Lempitsky
     2014, section 3.2), with a small pull to where they were. Time is O(nL²d) at most, memory that of the pairs of
     codewords that occur, and of a few (ΣK, d) arrays.
+
+    Args:
+        weights: (n,) float32, how often each row counts; None is once.
     """
-    gram, sums = _normal_equations(take, codes, codebooks)
+    gram, sums = _normal_equations(take, codes, codebooks, weights)
     solved = _solve_by_conjugate_gradients(gram, sums, np.concatenate(codebooks).astype(np.float64))
     ends = np.cumsum([len(book) for book in codebooks])
     return tuple(np.split(solved.astype(np.float32), ends[:-1]))
@@ -247,33 +254,47 @@ def _solve_by_conjugate_gradients(
     return solved
 
 
-def refit_last(take: Take, codes: Codes, codebooks: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
-    """Return the codebooks with the last moved to where it reconstructs the rows best; the others stay."""
-    gram, sums = _normal_equations(take, codes, codebooks)
+def refit_last(
+    take: Take,
+    codes: Codes,
+    codebooks: Sequence[NDArray[np.float32]],
+    *,
+    weights: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.float32], ...]:
+    """Return the codebooks with the last moved to where it reconstructs the rows best; the others stay.
+
+    Args:
+        weights: (n,) float32, how often each row counts; None is once.
+    """
+    gram, sums = _normal_equations(take, codes, codebooks, weights)
     last = len(sums) - len(codebooks[-1])
     left = sums[last:] - gram[last:, :last] @ np.concatenate(codebooks[:-1])
     return *codebooks[:-1], (left / gram.diagonal()[last:, None]).astype(np.float32)
 
 
 def _normal_equations(
-    take: Take, codes: Codes, codebooks: Sequence[NDArray[np.float32]]
+    take: Take,
+    codes: Codes,
+    codebooks: Sequence[NDArray[np.float32]],
+    weights: NDArray[np.float32] | None,
 ) -> tuple[csr_array, NDArray[np.float64]]:
     """Return the (ΣK, ΣK) products of the codewords' indicators, and their (ΣK, d) products with the vectors."""
     offsets = np.cumsum([0, *(len(codebook) for codebook in codebooks)])
     total, levels = int(offsets[-1]), len(codebooks)
 
-    def indicators(block: slice) -> csr_array:
+    def indicators(block: slice, values: NDArray[np.float32]) -> csr_array:
         columns = (codes[block].astype(np.int64) + offsets[:-1]).ravel()
-        rows = len(columns) // levels
-        ones, ends = np.ones(len(columns), np.float32), np.arange(rows + 1) * levels
-        return csr_array((ones, columns, ends), shape=(rows, total))
+        ends = np.arange(len(values) + 1) * levels
+        return csr_array((np.repeat(values, levels), columns, ends), shape=(len(values), total))
 
     def products(block: slice) -> tuple[csr_array, NDArray[np.float32]]:
-        chosen = indicators(block)
+        ones = np.ones(block.stop - block.start, np.float32)
+        chosen = indicators(block, ones)
+        counted = chosen if weights is None else indicators(block, weights[block])
         vectors = take(np.arange(block.start, block.stop))
         if vectors.dtype != np.float32:
             vectors = widen(vectors, out=np.empty(vectors.shape, np.float32))
-        return chosen.T @ chosen, chosen.T @ vectors
+        return counted.T @ chosen, counted.T @ vectors
 
     gram = RIDGE * csr_array(eye_array(total, dtype=np.float64))
     sums = RIDGE * np.concatenate(codebooks).astype(np.float64)

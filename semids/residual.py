@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype, widen
+from semids.device import DeviceCodebooks, accelerator
 from semids.errors import ShapeError
 from semids.parallel import in_order
 
@@ -67,6 +69,10 @@ class ResidualCodebooks:
         prices: none, or a table a level: what the code of a residual is charged under the prefix before it, besides.
         beam: paths kept at every level of the search for the least error (Babenko and Lempitsky 2014, section 3.1).
             1 is greedy: the code of a level is final. Larger finds lower errors in more time, and takes no prices.
+        stacked: (d, ΣK) float32, the codewords of all levels times −2, made from them.
+        products: twice the (K_before, K_level) products of every two levels' codewords, those of a level and the one
+            before it with the level's biases; none where they would take more than PRODUCT_BYTES.
+        biases: one (K_l,) float32 array a level, squared norms of codewords − potentials.
 
     Raises:
         ShapeError: no level, unequal widths, potentials or prices that do not match their codebook, or
@@ -77,9 +83,9 @@ class ResidualCodebooks:
     potentials: tuple[NDArray[np.float32], ...]
     prices: tuple[PriceTable, ...] = ()
     beam: int = 1
-    _scores: NDArray[np.float32] = field(init=False, repr=False, compare=False)
-    _products: dict[tuple[int, int], NDArray[np.float32]] = field(init=False, repr=False, compare=False)
-    _biases: tuple[NDArray[np.float32], ...] = field(init=False, repr=False, compare=False)
+    stacked: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+    products: dict[tuple[int, int], NDArray[np.float32]] = field(init=False, repr=False, compare=False)
+    biases: tuple[NDArray[np.float32], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.codebooks or len({codebook.shape[1] for codebook in self.codebooks}) != 1:
@@ -95,13 +101,13 @@ class ResidualCodebooks:
             raise ShapeError(f"expected a table of prices for each of {sizes} codewords, got {len(self.prices)}")
         # |r − c|² − p = |r|² + (|c|² − p) − 2·x·c + 2·Σ(c_before·c): one product of the vectors with all
         # codewords, and products among codewords that do not depend on the vectors. Scaling by −2 is exact.
-        object.__setattr__(self, "_scores", np.ascontiguousarray(-2 * np.concatenate(self.codebooks).T))
+        object.__setattr__(self, "stacked", np.ascontiguousarray(-2 * np.concatenate(self.codebooks).T))
         pairs = [(before, level) for level in range(len(sizes)) for before in range(level)]
         fits = sum(4 * sizes[before] * sizes[level] for before, level in pairs) <= PRODUCT_BYTES
         products = {
             (before, level): 2 * self.codebooks[before] @ self.codebooks[level].T for before, level in pairs if fits
         }
-        object.__setattr__(self, "_products", products)
+        object.__setattr__(self, "products", products)
         biases = tuple(
             np.einsum("kd,kd->k", codebook, codebook) - potential
             for codebook, potential in zip(self.codebooks, self.potentials, strict=True)
@@ -109,7 +115,13 @@ class ResidualCodebooks:
         for level in range(1, len(sizes)):
             if products:
                 products[level - 1, level] += biases[level]  # One addition a row less.
-        object.__setattr__(self, "_biases", biases)
+        object.__setattr__(self, "biases", biases)
+
+    @functools.cached_property
+    def _on_device(self) -> DeviceCodebooks | None:
+        """What does the arithmetic instead, where there is a device for it."""
+        device = accelerator()
+        return DeviceCodebooks(self, device) if device is not None else None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -140,13 +152,15 @@ class ResidualCodebooks:
             codes[part] = found
         return codes
 
-    def _assign_part(self, rows: Vectors) -> Codes:
+    def _assign_part(self, rows: Vectors) -> NDArray[np.integer]:
+        if self._on_device is not None:
+            return self._on_device.assign(rows)
         codes = np.empty((len(rows), len(self.sizes)), dtype=code_dtype(self.sizes))
-        at_once = bool(self._products) or len(self.sizes) == 1
+        at_once = bool(self.products) or len(self.sizes) == 1
         greedily = self._encode_chunk if at_once else self._encode_residuals
         encode = self._search_chunk if self.beam > 1 else greedily
         # What is scored together: all levels, or one of them, for every path that is kept.
-        codewords = self._scores.shape[1] if at_once else max(self.sizes)
+        codewords = self.stacked.shape[1] if at_once else max(self.sizes)
         step = min(CHUNK_ROWS, max(1, SCORE_BYTES // (4 * codewords * self.beam)), len(rows))
         # Scores go to one place, whose memory is touched once.
         scores = np.empty((step, codewords), np.float32)
@@ -155,16 +169,16 @@ class ResidualCodebooks:
         return codes
 
     def _encode_chunk(self, vectors: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.int64]:
-        np.matmul(vectors, self._scores, out=scores)
+        np.matmul(vectors, self.stacked, out=scores)
         codes = np.empty((len(vectors), len(self.sizes)), dtype=np.int64)
         end = 0
         for level, size in enumerate(self.sizes):
             start, end = end, end + size
             level_scores = scores[:, start:end]
             if level == 0:
-                level_scores += self._biases[0]
+                level_scores += self.biases[0]
             for before in range(level):
-                level_scores += self._products[before, level][codes[:, before]]
+                level_scores += self.products[before, level][codes[:, before]]
             codes[:, level] = self._choose(level_scores, codes, level)
         return codes
 
@@ -178,8 +192,8 @@ class ResidualCodebooks:
         codes = np.empty((len(vectors), len(self.sizes)), dtype=np.int64)
         for level in range(len(self.sizes)):
             level_scores = scores[:, : self.sizes[level]]
-            np.matmul(residuals, self._scores[:, self._columns(level)], out=level_scores)
-            level_scores += self._biases[level]
+            np.matmul(residuals, self.stacked[:, self._columns(level)], out=level_scores)
+            level_scores += self.biases[level]
             codes[:, level] = self._choose(level_scores, codes, level)
             residuals -= self.codebooks[level][codes[:, level]]
         return codes
@@ -187,24 +201,24 @@ class ResidualCodebooks:
     def _search_chunk(self, vectors: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the codes of the best of the `beam` paths that are kept at every level."""
         rows, levels = np.arange(len(vectors))[:, None], len(self.sizes)
-        if self._products:
-            np.matmul(vectors, self._scores, out=scores)
+        if self.products:
+            np.matmul(vectors, self.stacked, out=scores)
         # (n, b) errors of the paths kept, less |x|², and their (n, b, L) codes: one empty path at first.
         errors = np.zeros((len(vectors), 1), np.float32)
         codes = np.zeros((len(vectors), 1, levels), np.int64)
         for level, size in enumerate(self.sizes):
-            if self._products:
+            if self.products:
                 candidates = errors[:, :, None] + scores[:, None, self._columns(level)]
                 if level == 0:
-                    candidates += self._biases[0]
+                    candidates += self.biases[0]
                 for before in range(level):
-                    candidates += self._products[before, level][codes[:, :, before]]
+                    candidates += self.products[before, level][codes[:, :, before]]
             else:
                 residuals = np.repeat(vectors[:, None], codes.shape[1], axis=1)
                 for before in range(level):
                     residuals -= self.codebooks[before][codes[:, :, before]]
-                candidates = residuals @ self._scores[:, self._columns(level)]
-                candidates += self._biases[level]
+                candidates = residuals @ self.stacked[:, self._columns(level)]
+                candidates += self.biases[level]
                 candidates += errors[:, :, None]
             flat = candidates.reshape(len(vectors), -1)
             kept, errors = _smallest(flat, min(self.beam if level < levels - 1 else 1, flat.shape[1]))
@@ -219,21 +233,23 @@ class ResidualCodebooks:
             vectors: (n, d) rows.
             codes: (n, L), of which those before the level count.
         """
+        if self._on_device is not None:
+            return self._on_device.costs(vectors, codes, level)
         costs = np.empty((len(vectors), self.sizes[level]), np.float32)
-        stacked = self._scores[:, self._columns(level)]
-        for part, chunk in _float32_chunks(vectors, CHUNK_ROWS, writable=not self._products and level > 0):
+        stacked = self.stacked[:, self._columns(level)]
+        for part, chunk in _float32_chunks(vectors, CHUNK_ROWS, writable=not self.products and level > 0):
             here = costs[part]
-            if self._products or level == 0:
+            if self.products or level == 0:
                 np.matmul(chunk, stacked, out=here)
                 if level == 0:
-                    here += self._biases[0]
+                    here += self.biases[0]
                 for before in range(level):
-                    here += self._products[before, level][codes[part, before]]
+                    here += self.products[before, level][codes[part, before]]
             else:
                 for before in range(level):
                     chunk -= self.codebooks[before][codes[part, before]]
                 np.matmul(chunk, stacked, out=here)
-                here += self._biases[level]
+                here += self.biases[level]
         return costs
 
     def _columns(self, level: int) -> slice:
@@ -263,6 +279,8 @@ class ResidualCodebooks:
         return errors
 
     def _errors_of_part(self, vectors: Vectors, codes: Codes) -> NDArray[np.float32]:
+        if self._on_device is not None:
+            return self._on_device.squared_errors(vectors, codes)
         errors = np.empty(codes.shape, dtype=np.float32)
         for part, residual in _float32_chunks(vectors, CHUNK_ROWS, writable=True):
             for level, codebook in enumerate(self.codebooks):

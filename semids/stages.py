@@ -249,6 +249,11 @@ def made_titles(folder: Path) -> frozenset[str]:
     return frozenset(manifest["title"] for manifest in manifests if manifest is not None)
 
 
+def title_of(ref: Ref) -> str:
+    """Return the title of the stage that a reference leads to."""
+    return StageReader(ref.path).manifest["title"]
+
+
 def left_bytes(folder: Path, stage: Stage) -> int:
     """Return the size of what an interrupted run left of a stage."""
     return sum(path.stat().st_size for path in _folder_of(folder, stage).glob("*") if path.is_file())

@@ -20,6 +20,7 @@ from semids.contents import (
     content_fields,
     digest_array,
     digest_content,
+    digest_of_item,
     digest_words,
 )
 from semids.errors import DataError, ShapeError, UsageError
@@ -236,6 +237,9 @@ def scan_vectors(settings: CatalogueSettings, output: StageOutput) -> dict[str, 
             usable = intake.take(first_row, columns, _faults(vectors))
             if usable.places:
                 digests = _digest_rows(vectors[usable.places])
+                if settings.duplicates == "split":
+                    ids = columns[settings.id_column]
+                    digests = list(map(digest_of_item, digests, [ids[place] for place in usable.places]))
                 buckets.add(usable.first, digests, usable.splits)
                 seen.append(np.array(usable.places, np.uint64) + np.uint64(first_row), *digest_words(digests).T)
             output.progress("read catalogue", first_row + count, source.rows, "items")

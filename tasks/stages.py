@@ -9,7 +9,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from semids import encoding, pipeline, reporting, runs
-from semids.config import BuildConfig, CommonConfig
+from semids.config import BuildConfig, CommonConfig, SweepConfig
+from semids.plan import checking_runner
 from semids.remote import is_remote
 from semids.results import CellRefs
 from semids.stages import Ref, Stage
@@ -44,20 +45,28 @@ def scan_catalogue(config: CommonConfig) -> Ref:
     return _run(config, pipeline.scan_catalogue(config), hours=12, tag="catalogue")
 
 
-def make_vectors(config: CommonConfig, items: Ref) -> Ref:
-    """Embed every distinct text, or import the vectors that were given; a shape they cannot fill is refused first."""
+def make_vectors(config: BuildConfig | SweepConfig, items: Ref) -> Ref:
+    """Embed every distinct text, or import the vectors that were given.
+
+    A shape that they cannot fill, and a run that has no room, is refused first.
+    """
     if isinstance(config, BuildConfig):
         pipeline.check_sizes(config, items)
+    cells = config.cells() if isinstance(config, SweepConfig) else [config]
     # 54M texts through an 8B model take days; a hung driver should still end.
-    return _run(config, pipeline.make_vectors(config, items), hours=24 * 14, tag="embedding", gpu=True)
+    run = checking_runner(
+        cells, lambda stage: _run(config, stage, hours=24 * 14, tag="embedding", gpu=True), made=[items]
+    )
+    return run(pipeline.make_vectors(config, items))
 
 
 def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
-    """Train the quantizer step by step, and freeze it into a model."""
+    """Train the quantizer step by step, and freeze it into a model; one that has no room is refused first."""
     pipeline.check_sizes(config, items)
-    return pipeline.train_quantizer(
-        config, items, vectors, lambda stage: _run(config, stage, hours=72, tag="training", gpu=True)
+    run = checking_runner(
+        [config], lambda stage: _run(config, stage, hours=72, tag="training", gpu=True), made=[items, vectors]
     )
+    return pipeline.train_quantizer(config, items, vectors, run)
 
 
 def encode_vectors(config: CommonConfig, items: Ref, vectors: Ref, model: Ref) -> Ref:

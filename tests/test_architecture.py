@@ -75,8 +75,8 @@ def test_missing_faiss_is_named_when_it_is_needed() -> None:
 import sys; sys.modules["faiss"] = None
 import numpy as np
 from semids.errors import UsageError
-from semids.kmeans import fit_codebook
-try: fit_codebook(np.random.default_rng(0).normal(size=(99, 4)), 4, iterations=2, restarts=1, seed=0)
+from semids.kmeans import Lloyd, fit_codebook
+try: fit_codebook(np.random.default_rng(0).normal(size=(99, 4)), 4, Lloyd(2, 1), seed=0)
 except UsageError as error: print(error)
 """
     assert "install semids[cpu] or semids[gpu], never both" in run_python(code)

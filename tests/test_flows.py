@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from flows.build import build
 from flows.sweep import sweep
 from semids import store
 from semids.config import BuildConfig, SweepConfig
+from semids.errors import UsageError
 from semids.results import results_folder
 from semids.stages import StageReader
 from semids.store import run_lock
@@ -133,6 +135,39 @@ def test_a_sweep_shares_levels_and_survives_a_cell_that_fails(catalogue: dict[st
         report = reports[f"report-vectors-{label}"]
         assert f"[{label}](../artifact/{report.id})" in page
         assert f"# {label}" in report.data
+
+
+def test_a_run_without_room_is_refused_before_its_vectors_are_made(
+    catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guard: `checking_runner` in `tasks.stages`."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=20_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    config = build_config(catalogue, tmp_path)
+    cells = SweepConfig(catalogue=catalogue, shapes=["8x8", "8x8x8"], mappings=["nearest"], out=config.out)
+    for state in (build(config, return_state=True), sweep(cells, return_state=True)):
+        assert state.is_failed()
+        with pytest.raises(UsageError, match="expected a run that fits the disk, but it writes"):
+            state.result()
+    assert list((tmp_path / "run" / "stages").glob("vectors-*")) == []
+
+
+def test_a_sweep_over_limits_shows_what_fewer_collisions_cost(catalogue: dict[str, str], tmp_path: Path) -> None:
+    config = SweepConfig(
+        catalogue=catalogue,
+        shapes=["8x8x8"],
+        mappings=["nearest", "capacity"],
+        max_contents_per_id=[1, "4", "none"],
+        out=str(tmp_path / "run"),
+    )
+    assert config.label == "vectors · 1 shape × 2 mappings × 3 limits"
+    assert sweep(config, return_state=True).is_completed()
+    rows = json.loads((results_folder(config) / "comparison.json").read_text())
+    labels = [row["cell"].removeprefix("8x8x8-").removesuffix("-residual-kmeans") for row in rows]
+    assert labels == ["nearest", "capacity-max1", "capacity-max4", "capacity-maxnone"]
+    rates = [row["collision_rate"] for row in rows[1:]]
+    assert rates == sorted(rates)
+    assert rates[0] == rows[1]["floor"] < rates[-1]
 
 
 def test_a_sweep_of_which_every_cell_fails_has_failed(catalogue: dict[str, str], tmp_path: Path) -> None:

@@ -160,11 +160,11 @@ def test_disk_is_not_asked_for_what_may_be_there_after_a_lost_stage(
     usage = shutil.disk_usage(config.out)._replace(free=2 * written)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert find_finished(config).stages.keys().isdisjoint({"Encode the vectors", "Write the semantic IDs"})
-    runs.build(config, checking_runner(config, run))
+    runs.build(config, checking_runner([config], run))
     shutil.rmtree(codes)
     usage = usage._replace(free=written // 2)
     with pytest.raises(UsageError, match="fits the disk"):
-        runs.build(config, checking_runner(config, run))
+        runs.build(config, checking_runner([config], run))
 
 
 def test_a_model_that_does_not_name_its_dimensions_is_not_refused(

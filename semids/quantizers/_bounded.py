@@ -39,7 +39,9 @@ LAST_ROUNDS = 6
 """Re-fits of the last codebook to whole prefixes: 4 leave 0.05 % of error over 12."""
 
 
-def bounded_steps(sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks: Sequence[str]) -> list[TrainingStep]:
+def bounded_steps(
+    sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks: Sequence[str], weighted: bool = False
+) -> list[TrainingStep]:
     """Return the steps that take the nearest mapping's codebooks to codes within bounds.
 
     All codebooks are re-fitted to a sample of rows. Every content is placed, level by level, within its bounds; above
@@ -48,16 +50,19 @@ def bounded_steps(sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks:
 
     Args:
         codebooks: the names of the steps whose codebooks are the start, one a level, or the one that has all.
+        weighted: contents weigh in the codebooks as many items have them; in the bounds each counts once.
     """
+    fitted = {"seed": seed, "weighted": weighted}
     common = {"least": bounds.least, "most": bounds.most}
     steps = [
         TrainingStep(
             name="bounded",
             title="Fit the codebooks within bounds",
-            parameters={**common, "sizes": list(sizes), "seed": seed},
+            parameters={**common, **fitted, "sizes": list(sizes)},
             run=_fit_codebooks,
             work=partial(bounded_work, sizes, bounds, rounds=ROUNDS, coarse=COARSE_ROUNDS, part=COARSE),
             needs=tuple(codebooks),
+            weighted=weighted,
         )
     ]
     for level in range(1, len(sizes) + 1):
@@ -67,10 +72,11 @@ def bounded_steps(sizes: Sequence[int], bounds: Bounds, *, seed: int, codebooks:
                 TrainingStep(
                     name="settled",
                     title="Fit the last codebook to whole prefixes",
-                    parameters={**common, "seed": seed},
+                    parameters={**common, **fitted},
                     run=_fit_last_codebook,
                     work=partial(settled_work, sizes, bounds, rounds=LAST_ROUNDS),
                     needs=("bounded", *placed),
+                    weighted=weighted,
                 )
             )
         steps.append(
@@ -108,8 +114,10 @@ def _fit_codebooks(
     """Alternate between assigning a sample of rows within bounds and re-fitting all codebooks to that."""
     seed, size = step.parameters["seed"], max(step.parameters["sizes"])
     budget = training_budget(size, data.vectors.layout.columns)
-    sample = _take_float32(data, sample_rows(len(data.rows), budget, seed=seed))
-    coarse = sample[sample_rows(len(sample), budget // COARSE, seed=seed)]
+    drawn = sample_rows(len(data.rows), budget, seed=seed)
+    sample, weights = _take_float32(data, drawn), _weights(data, drawn)
+    few = sample_rows(len(sample), budget // COARSE, seed=seed)
+    coarse, few_weights = sample[few], weights[few] if weights is not None else None
     bounds, contents = _bounds(step), data.vectors.layout.rows
     levels = range(1, len(step.parameters["sizes"]) + 1)
     starts = [needed[step.needs[0 if len(step.needs) == 1 else level - 1]] for level in levels]
@@ -119,14 +127,15 @@ def _fit_codebooks(
     determined = sum(step.parameters["sizes"]) < len(sample)
     rounds = ROUNDS if determined else 1
     for finished in range(rounds):
-        vectors = coarse if determined and finished < COARSE_ROUNDS else sample
+        is_coarse = determined and finished < COARSE_ROUNDS
+        vectors = coarse if is_coarse else sample
         take = _taker(vectors)
         found = assign_within_bounds(
             take, books, bounds, rows=len(vectors), contents=contents, start=prices, priced=False
         )
         prices = found.prices
         if determined:
-            books = refit_jointly(take, found.codes, books)
+            books = refit_jointly(take, found.codes, books, weights=few_weights if is_coarse else weights)
         progress(step.title, finished + 1, rounds, "rounds")
     tensors: Tensors = {}
     for level, (codebook, table) in enumerate(zip(books, prices or (), strict=True), start=1):
@@ -196,11 +205,11 @@ def _fit_last_codebook(
     budget = training_budget(sizes[-1], data.vectors.layout.columns)
     chosen = _whole_prefixes(prefix_numbers(above, sizes), budget, seed=step.parameters["seed"])
     above = above[chosen]
-    take = _taker(_take_float32(data, chosen))
+    take, weights = _taker(_take_float32(data, chosen)), _weights(data, chosen)
     for finished in range(LAST_ROUNDS):
         # The training rows of a prefix are all there, so that the bounds of an ID hold for them as they are.
         found = assign_level(take, nearest_quantizer(books), above, bounds, contents=len(above), priced=False)
-        books = refit_last(take, np.column_stack([above, found.codes]), books)
+        books = refit_last(take, np.column_stack([above, found.codes]), books, weights=weights)
         progress(step.title, finished + 1, LAST_ROUNDS, "rounds")
     return StepOutcome({"codebook": books[-1]}, {"rows": len(above)})
 
@@ -217,6 +226,10 @@ def _take_float32(data: TrainingData, places: NDArray[np.int64]) -> NDArray[np.f
     """Return training rows by their places among them, converted once instead of in every round."""
     vectors = data.vectors.take(data.rows[places])
     return widen(vectors, out=np.empty(vectors.shape, np.float32))
+
+
+def _weights(data: TrainingData, places: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    return data.weights[places] if data.weights is not None else None
 
 
 def _taker(vectors: NDArray[np.float32]) -> Take:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from semids.errors import DataError
-from semids.kmeans import fit_codebook, sample_rows, training_budget
+from semids.kmeans import Lloyd, fit_codebook, sample_rows, training_budget
 from semids.quantizers._ranks import Ranks
 from semids.quantizers._rqvae_evaluation import EVALUATION_ROWS, evaluate, rank_of
 from semids.quantizers._rqvae_model import RqvaeModel, decoder_tensors, layer_tensors, squared_distances
@@ -171,8 +171,7 @@ class _Trainer:
                 found = fit_codebook(
                     residuals.cpu().numpy(),
                     len(codebook),
-                    iterations=p.kmeans_iters,
-                    restarts=1,
+                    Lloyd(p.kmeans_iters, restarts=1),
                     seed=self.job.seed,
                     done=lambda steps, level=level: self.told(f"k-means of level {level + 1}", steps, p.kmeans_iters),
                 )

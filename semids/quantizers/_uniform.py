@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,10 +35,13 @@ COST_BYTES = 1 << 30
 """Largest cost matrix that potentials are fitted on; it bounds their sample at large codebooks."""
 
 
-def uniform_steps(sizes: Sequence[int], *, seed: int, codebooks: Sequence[str]) -> list[TrainingStep]:
+def uniform_steps(
+    sizes: Sequence[int], *, seed: int, codebooks: Sequence[str], weighted: bool = False
+) -> list[TrainingStep]:
     """Return a step a level that takes the nearest mapping's codebooks to ones of which all codewords are equally used.
 
     Args:
+        weighted: contents weigh in the codebooks as many items have them; in the loads each counts once.
         codebooks: the names of the steps whose codebooks are the start, one a level, or the one that has all.
     """
     steps: list[TrainingStep] = []
@@ -48,7 +52,7 @@ def uniform_steps(sizes: Sequence[int], *, seed: int, codebooks: Sequence[str]) 
             TrainingStep(
                 name=f"uniform-{level}",
                 title=f"Balance level {level} ({size} codewords)",
-                parameters={"size": size, "seed": seed},
+                parameters={"size": size, "seed": seed, "weighted": weighted},
                 run=_balance_level,
                 work=partial(
                     uniform_work,
@@ -60,55 +64,72 @@ def uniform_steps(sizes: Sequence[int], *, seed: int, codebooks: Sequence[str]) 
                     largest=COST_BYTES,
                 ),
                 needs=(*before, start),
+                weighted=weighted,
             )
         )
     return steps
 
 
-def sample_residuals(data: TrainingData, levels: Sequence[Tensors], *, size: int, seed: int) -> NDArray[np.float32]:
+@dataclass(frozen=True)
+class Sample:
+    """What the levels before a level leave of some training rows.
+
+    Args:
+        residuals: (n, d) float32.
+        weights: (n,) float32, how many items have each row, or None: one each.
+    """
+
+    residuals: NDArray[np.float32]
+    weights: NDArray[np.float32] | None
+
+
+def sample_residuals(data: TrainingData, levels: Sequence[Tensors], *, size: int, seed: int) -> Sample:
     """Return what the levels before a level leave of a sample of the training rows.
 
     Args:
         levels: the `codebook` and `potentials` of each level before.
         size: codewords of the level.
     """
-    budget = training_budget(size, data.vectors.layout.columns)
-    rows = data.vectors.take(data.rows[sample_rows(len(data.rows), budget, seed=seed)])
+    chosen = sample_rows(len(data.rows), training_budget(size, data.vectors.layout.columns), seed=seed)
+    rows = data.vectors.take(data.rows[chosen])
+    weights = data.weights[chosen] if data.weights is not None else None
     if not levels:
-        return rows.astype(np.float32, copy=False)
+        return Sample(rows.astype(np.float32, copy=False), weights)
     before = ResidualCodebooks(
         tuple(level["codebook"] for level in levels), tuple(level["potentials"] for level in levels)
     )
-    return before.residuals(rows)
+    return Sample(before.residuals(rows), weights)
 
 
 def _balance_level(
     quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
 ) -> StepOutcome:
     before, start = [needed[name] for name in step.needs[:-1]], step.needs[-1]
-    residuals = sample_residuals(data, before, size=step.parameters["size"], seed=step.parameters["seed"])
+    sample = sample_residuals(data, before, size=step.parameters["size"], seed=step.parameters["seed"])
     codebook = start_codebook(needed[start], level=len(before) + 1)
 
     def done(fits: int) -> None:
         progress(step.title, fits, REFIT_STEPS + 1, "fits")
 
-    return _balance(residuals, codebook, seed=step.parameters["seed"], done=done)
+    return _balance(sample, codebook, seed=step.parameters["seed"], done=done)
 
 
-def _balance(
-    residuals: NDArray[np.float32], codebook: NDArray[np.float32], *, seed: int, done: Callable[[int], None]
-) -> StepOutcome:
+def _balance(sample: Sample, codebook: NDArray[np.float32], *, seed: int, done: Callable[[int], None]) -> StepOutcome:
     """Move a codebook to the centroids of a balanced assignment, and find its potentials."""
-    size = len(codebook)
+    size, residuals = len(codebook), sample.residuals
     fitted_on = residuals[sample_rows(len(residuals), COST_BYTES // (4 * size), seed=seed)]
     coarse = fitted_on[:: -(-len(fitted_on) // (COARSE_ROWS_PER_CODEWORD * size))]
     potentials = _fit_uniform(coarse, codebook, start=None, tolerance=COARSE_TOLERANCE)
     for step in range(REFIT_STEPS):
         done(step + 1)
-        moved_to = residuals if step >= COARSE_STEPS else residuals[::COARSE]
+        part = slice(None, None, 1 if step >= COARSE_STEPS else COARSE)
+        moved_to = residuals[part]
+        weights = sample.weights[part] if sample.weights is not None else None
         codes = ResidualCodebooks((codebook,), (potentials.values,)).assign(moved_to)
         # Rows are asked for in runs: a slice of them needs no copy.
-        (codebook,) = refit_jointly(lambda rows, of=moved_to: of[rows[0] : rows[-1] + 1], codes, (codebook,))
+        (codebook,) = refit_jointly(
+            lambda rows, of=moved_to: of[rows[0] : rows[-1] + 1], codes, (codebook,), weights=weights
+        )
         last = step == REFIT_STEPS - 1
         potentials = _fit_uniform(
             fitted_on if last else coarse,

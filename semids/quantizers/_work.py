@@ -13,7 +13,7 @@ from semids.arrays import capacity_of, code_dtype
 from semids.balance import NEWTON_CODEWORDS, SINKHORN_STEPS_PER_NEWTON_STEP, fit_potentials, standard_deviation
 from semids.calibration import PROBE_ENTRIES, draw_rows, reading, taking
 from semids.capacity import COST_BYTES, ROWS_PER_CHILD, Bounds, Loads, cheapest_children
-from semids.kmeans import fit_codebook, training_budget
+from semids.kmeans import Lloyd, fit_codebook, training_budget
 from semids.parallel import AHEAD, thread_count
 from semids.prefixes import BLOCK_BYTES, READ_ROWS, SUM_BYTES, assign_level, nearest_quantizer, refit_last
 from semids.residual import CHUNK_ROWS, PART_ROWS, PRODUCT_BYTES, SCORE_BYTES
@@ -53,7 +53,7 @@ def fitting(size: int, dimensions: int) -> Probe:
 
     def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
         rows = draw_rows(max(4 * codewords + 1, min(16_384, FLOPS // (2 * codewords * dimensions))), dimensions)
-        return lambda: fit_codebook(rows, codewords, iterations=2, restarts=1, seed=0), 2 * len(rows) * codewords
+        return lambda: fit_codebook(rows, codewords, Lloyd(2, 1), seed=0), 2 * len(rows) * codewords
 
     return Probe(f"Lloyd step, {codewords} × {dimensions}", prepare)
 

@@ -47,6 +47,7 @@ class TrainingStep:
         space: the one of them whose space this step works in: it gets the vectors there. Empty is that of the contents.
         version: stands for the code, where a changed line must not cost hours: to be raised when the outcome changes.
             0 takes the code itself.
+        weighted: the outcome depends on how many items have each content, not only on which contents there are.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TrainingStep:
     needs: tuple[str, ...] = ()
     space: str = ""
     version: int = 0
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,14 @@ class TrainingData:
     Args:
         vectors: all distinct contents, (D, d).
         rows: (n,) int64, sorted: the contents of the training split.
+        weights: (n,) float32, how many items of the split have each; None: one each.
         folder: where a step may keep what a killed run goes on from; removed once the step is done. None: nowhere.
     """
 
     vectors: ShardedArray
     rows: NDArray[np.int64]
     folder: Path | None = None
+    weights: NDArray[np.float32] | None = None
 
 
 class FrozenQuantizer(ABC):

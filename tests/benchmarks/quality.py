@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from semids.arrays import Codes, Vectors
 from semids.distortion import Distortion
-from semids.kmeans import fit_codebook
+from semids.kmeans import Lloyd, fit_codebook
 from semids.metrics import measure_ids
 from semids.prefixes import nearest_quantizer
 from semids.residual import ResidualCodebooks
@@ -27,7 +27,7 @@ def fit_codebooks(rows: NDArray[np.float32], *, iterations: int, restarts: int) 
     books: Codebooks = ()
     for size in SIZES:
         residuals = nearest_quantizer(books).residuals(rows) if books else rows
-        books = (*books, fit_codebook(residuals, size, iterations=iterations, restarts=restarts, seed=0).codebook)
+        books = (*books, fit_codebook(residuals, size, Lloyd(iterations, restarts), seed=0).codebook)
     return books
 
 

@@ -1,0 +1,130 @@
+"""Residual codebooks and k-means on a device of PyTorch, against NumPy and FAISS: the same code runs on CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from small_runs import published
+
+from semids import kmeans, residual
+from semids.cli import main
+from semids.device import DeviceCodebooks, DeviceLloyd, accelerator
+from semids.kmeans import Lloyd, fit_codebook
+from semids.residual import PriceTable, ResidualCodebooks
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = (16, 12, 20)
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have array work done by PyTorch, on CUDA where there is a device."""
+    for module in (residual, kmeans):
+        monkeypatch.setattr(module, "accelerator", lambda: DEVICE)
+
+
+def make_books(*, priced: bool = False, beam: int = 1, sizes: tuple[int, ...] = SIZES) -> ResidualCodebooks:
+    rng = np.random.default_rng(3)
+    books = tuple(rng.normal(size=(size, 24)).astype(np.float32) / 2**level for level, size in enumerate(sizes))
+    potentials = tuple((0.3 * rng.normal(size=size)).astype(np.float32) for size in sizes)
+    prices = ()
+    if priced:
+        tables = [np.zeros(1, np.int64), np.array([2, 5, 11]), np.array([0, 7, 150])]
+        prices = tuple(
+            PriceTable(prefixes, 3 * rng.normal(size=(len(prefixes), size)).astype(np.float32))
+            for prefixes, size in zip(tables, sizes, strict=True)
+        )
+    return ResidualCodebooks(books, potentials, prices, beam)
+
+
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("kind", ["greedy", "priced", "beam"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_codes_costs_and_errors_are_those_of_numpy(
+    dtype: type, kind: str, products: bool, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not products:
+        monkeypatch.setattr(residual, "PRODUCT_BYTES", 0)
+    books = make_books(priced=kind == "priced", beam=5 if kind == "beam" else 1)
+    twin = DeviceCodebooks(books, DEVICE)
+    rows = vectors.astype(dtype)
+    codes = books.assign(rows)
+    found = twin.assign(rows)
+    different = (codes != found).any(axis=1)
+    assert different.sum() <= 2  # near-ties; seen: 0
+    assert np.allclose(twin.squared_errors(rows, codes), books.squared_errors(rows, codes), rtol=1e-5, atol=1e-6)
+    for level in range(len(SIZES)):
+        assert np.allclose(twin.costs(rows, codes, level), books.costs(rows, codes, level), rtol=1e-4, atol=1e-4)
+
+
+def test_codes_on_a_device_do_not_depend_on_the_rows_of_a_chunk(
+    vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = DeviceCodebooks(make_books(), DEVICE).assign(vectors)
+    monkeypatch.setattr("semids.device.DEVICE_SCORE_BYTES", 7 * 4 * sum(SIZES))
+    assert (DeviceCodebooks(make_books(), DEVICE).assign(vectors) != whole).any(axis=1).sum() <= 2  # seen: 0
+
+
+def test_of_equal_codewords_the_first_is_chosen(vectors: np.ndarray) -> None:
+    book = np.repeat(vectors[:4], 3, axis=0).astype(np.float32)
+    books = ResidualCodebooks((book,), (np.zeros(12, np.float32),))
+    assert set(np.unique(DeviceCodebooks(books, DEVICE).assign(vectors))) <= {0, 3, 6, 9}
+
+
+def test_a_lloyd_step_moves_codewords_where_faiss_moves_them(vectors: np.ndarray) -> None:
+    rows, start = vectors.astype(np.float32), vectors[:8].astype(np.float32)
+    weights = np.random.default_rng(0).integers(1, 9, len(rows)).astype(np.float32)
+    for given in (None, weights):
+        moved, error = DeviceLloyd(rows, 8, given, DEVICE).step(start)
+        expected, expected_error = kmeans._FaissLloyd(rows, 8, given).step(start)
+        assert np.allclose(moved, expected, atol=1e-5)
+        assert error == pytest.approx(expected_error, rel=1e-5)
+
+
+def test_codewords_without_rows_split_the_largest(vectors: np.ndarray) -> None:
+    rows = vectors.astype(np.float32)
+    start = np.concatenate([rows[:3], np.full((2, rows.shape[1]), 1e3, np.float32)])
+    stepper = DeviceLloyd(rows, 5, None, DEVICE)
+    centroids, _ = stepper.step(start)
+    for _ in range(3):
+        centroids, _ = stepper.step(centroids)
+    codes = ResidualCodebooks((centroids,), (np.zeros(5, np.float32),)).assign(rows)
+    assert np.bincount(codes[:, 0], minlength=5).min() > 0
+
+
+def test_codebooks_of_a_device_are_as_good_as_faiss_s(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fit_codebook(vectors, 32, Lloyd(25, 3), seed=1)
+    monkeypatch.setattr(kmeans, "accelerator", lambda: DEVICE)
+    told: list[int] = []
+    found = fit_codebook(vectors, 32, Lloyd(25, 3), seed=1, done=told.append)
+    again = fit_codebook(vectors, 32, Lloyd(25, 3), seed=1)
+    assert np.array_equal(found.codebook, again.codebook)
+    assert found.mean_squared_error <= 1.01 * expected.mean_squared_error  # seen: 1.000
+    assert told == list(range(1, 76))
+
+
+@pytest.mark.parametrize("mapping", ["nearest", "uniform", "capacity"])
+def test_a_run_on_a_device_gives_ids_within_the_same_bounds(
+    mapping: str, on_device: None, tmp_path: Path, vectors: np.ndarray
+) -> None:
+    catalogue = tmp_path / "vectors.npy"
+    np.save(catalogue, vectors.astype(np.float16))
+    arguments = ["tokenize", str(catalogue), "--shape", "8x8x8", "--mapping", mapping, "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    ids = pl.read_parquet(published(tmp_path / "run") / "semantic_ids.parquet").select("c0", "c1", "c2")
+    loads = ids.group_by("c0", "c1", "c2").len()["len"]
+    if mapping == "capacity":
+        assert loads.max() <= -(-len(ids) // 8**3)
+    if mapping == "uniform":
+        level = ids.group_by("c0").len()["len"]
+        assert level.min() >= 0.8 * len(ids) / 8
+    assert len(loads) > 100
+
+
+def test_without_a_driver_the_processor_does_it() -> None:
+    if not torch.cuda.is_available():
+        assert accelerator() is None
