@@ -30,6 +30,9 @@ RELAXATION = 1.8
 """Length of a Sinkhorn step, 1 being its own; halves their number (Lehmann et al. 2021), 2 diverges."""
 BLOCK_ENTRIES = 1 << 18
 """Entries of the cost matrix handled at a time, so that the temporaries stay in the processor's cache."""
+LEAST_LOGIT = np.float32(-41)
+"""Shares of a row below e^−41, which change no sum, are taken for that: their products would be subnormal numbers,
+which some processors multiply a hundred times as slowly."""
 
 
 Share = float | NDArray[np.float64]
@@ -272,6 +275,7 @@ def _sums_of_plan(
     plan += scaled
     peaks = plan.max(axis=1, keepdims=True)
     plan -= peaks
+    np.maximum(plan, LEAST_LOGIT, out=plan)
     np.exp(plan, out=plan)
     # Products with ones: BLAS adds several times faster than NumPy.
     sums = plan @ np.ones(plan.shape[1], np.float32)

@@ -127,17 +127,20 @@ def assign_group(
     if not loads.least * children <= rows <= loads.most * children:
         raise ShapeError(f"expected rows for {loads.least} to {loads.most} of {children} children, got {rows}")
     prices = np.zeros(children, np.float32)
+    ruled: NDArray[np.int64] | None = None
     # Where prices were needed for costs close to these, the nearest need not be asked for first.
     if start is None or not start.any():
-        nearest = cheapest_children(costs, rows, None)
-        counts = np.bincount(nearest, minlength=children)
+        ruled = cheapest_children(costs, rows, None)
+        counts = np.bincount(ruled, minlength=children)
         if loads.least <= counts.min() and counts.max() <= loads.most:
-            return GroupAssignment(nearest, prices, 0, converged=True)
+            return GroupAssignment(ruled, prices, 0, converged=True)
     exact = rows * children * loads.most <= EXACT_ENTRIES
     converged = True
     if priced or not exact:
         prices, converged = _fit_prices(costs, rows, children, loads, start)
-    ruled = cheapest_children(costs, rows, prices)
+        ruled = None
+    if ruled is None:
+        ruled = cheapest_children(costs, rows, prices)
     if exact:
         codes = _assign_exactly(costs(np.arange(rows)), loads)
     else:
@@ -155,6 +158,9 @@ def cheapest_children(costs: Costs, rows: int, prices: NDArray[np.float32] | Non
         found = costs(some)
         return (found if prices is None else found - prices).argmin(axis=1)
 
+    # Most prefixes are small, and there are many: nothing is done for them that they do not need.
+    if rows <= CHUNK_ROWS:
+        return cheapest(np.arange(rows))
     return np.concatenate(list(in_order(cheapest, _chunks(np.arange(rows)))))
 
 

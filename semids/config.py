@@ -83,7 +83,6 @@ Shape = Annotated[
     WithJsonSchema({"type": "string", "pattern": r"^\s*[0-9]+(\s*[xX]\s*[0-9]+)*\s*$"}),
 ]
 AS_TEXT = (BeforeValidator(_bound), WithJsonSchema({"type": "string"}))
-AUTO: Literal["auto"] = "auto"
 Limit = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, *AS_TEXT]
 
 if TYPE_CHECKING:
@@ -274,14 +273,14 @@ class SweepConfig(CommonConfig):
         """Return one configuration a combination that exists, without repetition, in the order given."""
         # On a cluster a cell runs whole on one machine.
         common: dict[str, Any] = {name: getattr(self, name) for name in CommonConfig.model_fields} | {"ray": ""}
+        no_limits: list[Limit] = ["auto"]
         return [
             BuildConfig(**common, shape=shape, mapping=mapping, quantizer=quantizer, max_contents_per_id=limit)
             for shape in dict.fromkeys(self.shapes)
             for quantizer in dict.fromkeys(self.quantizers)
             for mapping in dict.fromkeys(self.mappings)
             if mapping in QUANTIZERS[quantizer].mappings
-            # The others have no limit to vary.
-            for limit in dict.fromkeys(self.max_contents_per_id if mapping == "capacity" else [AUTO])
+            for limit in dict.fromkeys(self.max_contents_per_id if mapping == "capacity" else no_limits)
         ]
 
 

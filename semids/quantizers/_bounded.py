@@ -233,7 +233,13 @@ def _weights(data: TrainingData, places: NDArray[np.int64]) -> NDArray[np.float3
 
 
 def _taker(vectors: NDArray[np.float32]) -> Take:
-    return lambda rows: vectors[rows]
+    def take(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        # Rows of many prefixes are neighbours once they are in ascending order: a slice of them needs no copy.
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        is_run = last - first == len(rows) and bool((np.diff(rows) == 1).all())
+        return vectors[first:last] if is_run else vectors[rows]
+
+    return take
 
 
 def _bounds(step: TrainingStep) -> Bounds:

@@ -288,4 +288,6 @@ def sinkhorn_codes(distances: Tensor, epsilon: float, iterations: int, ranks: Ra
 
 def _kernel(logits: Tensor, potentials: Tensor) -> Tensor:
     kernel = logits + potentials
-    return kernel.sub_(kernel.amax(dim=1, keepdim=True)).exp_()
+    # e^−85 is still a normal number of float32, with others of which some processors are slow, and sums over 8 million
+    # rows to less than LEAST_MASS.
+    return kernel.sub_(kernel.amax(dim=1, keepdim=True)).clamp_(min=-85).exp_()

@@ -15,7 +15,15 @@ from semids.calibration import PROBE_ENTRIES, draw_rows, reading, taking
 from semids.capacity import COST_BYTES, ROWS_PER_CHILD, Bounds, Loads, cheapest_children
 from semids.kmeans import Lloyd, fit_codebook, training_budget
 from semids.parallel import AHEAD, thread_count
-from semids.prefixes import BLOCK_BYTES, READ_ROWS, SUM_BYTES, assign_level, nearest_quantizer, refit_last
+from semids.prefixes import (
+    BLOCK_BYTES,
+    DENSE_CODEWORDS,
+    READ_ROWS,
+    SUM_BYTES,
+    assign_level,
+    nearest_quantizer,
+    refit_last,
+)
 from semids.residual import CHUNK_ROWS, PART_ROWS, PRODUCT_BYTES, SCORE_BYTES
 from semids.shards import SHARD_ROWS
 from semids.work import Counts, Probe, Work
@@ -355,9 +363,9 @@ def _equation_bytes(rows: int, sizes: Sequence[int], dimensions: int) -> int:
     parts = min(threads, -(-rows // step))
     pairs = sum(min(rows, a * b) for a in sizes for b in sizes)
     sums = 4 * AHEAD * parts * total * dimensions
-    return (
-        4 * parts * min(rows, step) * dimensions + sums + EQUATION_ARRAYS * 8 * total * dimensions + PAIR_BYTES * pairs
-    )
+    summed = 4 * parts * min(rows, step) * dimensions + sums
+    dense = 8 * total * total if total <= DENSE_CODEWORDS else 0
+    return summed + EQUATION_ARRAYS * 8 * total * dimensions + PAIR_BYTES * pairs + dense
 
 
 def _price_bytes(level: int, rows: int, sizes: Sequence[int]) -> int:
