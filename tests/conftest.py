@@ -10,7 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from small_catalogues import scanner
+from small_runs import WarmParent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,6 +48,14 @@ def clustered_vectors(rows: int, dimensions: int, *, seed: int = 0, clusters: in
 def vectors() -> NDArray[np.float32]:
     """(2000, 24) unit vectors in clusters of unequal size."""
     return clustered_vectors(2000, 24)
+
+
+@pytest.fixture(scope="session")
+def warm_parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
+    """A process whose children start in no time; its tests share a test worker, since it takes seconds to start."""
+    parent = WarmParent(tmp_path_factory.mktemp("warm"))
+    yield parent
+    parent.close()
 
 
 @pytest.fixture
