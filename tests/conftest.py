@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # One thread a worker: two cores are shared by the test workers, and results must not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,17 @@ def warm_parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent
     parent = WarmParent(tmp_path_factory.mktemp("warm"))
     yield parent
     parent.close()
+
+
+@pytest.fixture
+def quick_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where there is room: a killed process loses nothing that was written, flushed or not."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 1 << 30:
+        yield tmp_path
+        return
+    with TemporaryDirectory(dir=memory, prefix="semids-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

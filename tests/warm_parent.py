@@ -13,6 +13,7 @@ import os
 import pkgutil
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -71,12 +72,17 @@ def obey(orders: dict[str, Any]) -> int:
     false to write zeros in their place; `events`, a file to which every step of the commit helper, every link and every
     training step is written; `kill_at` and `kill`: the number of the event at which to die, and whether `before` it,
     `half` way through a write, or `after` it; `copied` and `copies`: the run folder, and one that gets a copy of it as
-    it is before each event that begins a stage, or the results, by the number of the event.
+    it is before each event that begins a stage, or the results, by the number of the event; `image`, `cuts` and
+    `cut_after`: a file, and a folder that gets a copy of it after each of these events; `flush_files`, false to flush
+    folders alone.
     """
     small_runs.use_small_shards(orders.get("shard_rows", small_runs.SHARD_ROWS))
     if not orders.get("plots", True):
         reporting.plot_report = lambda figures: dict.fromkeys(("prefixes", "buckets", "loads"), bytes(5000))
         reporting.plot_training = lambda note: bytes(5000)
+    if not orders.get("flush_files", True):
+        flush = store._flush
+        store._flush = lambda path: flush(path) if path.is_dir() else None
     if "checkpoint_every" in orders:
         save_every(orders["checkpoint_every"])
     log = os.open(orders["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -105,6 +111,9 @@ def obey(orders: dict[str, Any]) -> int:
                 result = original(*arguments)
             finally:
                 inside = False
+            if number in orders.get("cut_after", ()):
+                copy = Path(orders["cuts"]) / str(number)
+                subprocess.run(["cp", "--sparse=always", orders["image"], copy], check=True)
             if kill == "half":
                 os.truncate(arguments[0], arguments[0].stat().st_size // 2)
             if kill is not None:
