@@ -17,7 +17,7 @@ from tasks.stages import encode_items
 
 @flow(
     name="encode-new-items",
-    flow_run_name="encode · {config.new_items}",
+    flow_run_name="encode · {config.label}",
     persist_result=False,
     result_serializer="json",
 )

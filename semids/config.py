@@ -29,6 +29,7 @@ from semids.quantizers.base import MAPPINGS, MappingName, Quantizer, QuantizerSe
 from semids.remote import is_remote
 from semids.semantic_ids import LETTERS
 from semids.settings import Settings
+from semids.text import printable
 
 QUANTIZERS = quantizer_types()
 EMBEDDERS = embedder_types()
@@ -267,7 +268,7 @@ class SweepConfig(CommonConfig):
             for name, values in lists.items()
             if len(values) > 1 or name in ("shape", "mapping")
         ]
-        return f"{Path(self.catalogue.path).stem} · {' × '.join(counts)}"
+        return f"{printable(Path(self.catalogue.path).stem)} · {' × '.join(counts)}"
 
     def cells(self) -> list[BuildConfig]:
         """Return one configuration a combination that exists, without repetition, in the order given."""
@@ -302,6 +303,11 @@ class EncodeConfig(Settings):
     """URL of a folder, such as s3://bucket/semantic-ids, that gets copies of the results too. Empty: none."""
     ray: str = Field("", title="Ray cluster")
     """Spreads the shards of vectors and codes over the machines of a Ray cluster; see the other deployments' forms."""
+
+    @property
+    def label(self) -> str:
+        """The new items in a name that moves no cursor."""
+        return printable(self.new_items)
 
 
 def read_config(path: Path | str, kind: type[Settings]) -> Any:

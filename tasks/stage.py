@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
+from prefect.filesystems import LocalFileSystem
 from prefect.logging import get_run_logger
+from prefect.serializers import JSONSerializer
 
-from semids.errors import ProcessError, SemidsError, StorageError
+from semids.errors import CorruptionError, ProcessError, SemidsError, StorageError
 from semids.stages import Ref, Stage, run_stage
 from semids.store import digest_json
 from tasks.tracking import prefer_tracked
@@ -25,6 +28,7 @@ FIRST_PROGRESS_SECONDS = 5.0
 PROGRESS_EVERY_SECONDS = 2.0
 RETRY_DELAYS: list[float] = [1, 30]
 HOUR = 3600
+JSON_SERIALIZER = JSONSerializer().model_dump()
 
 
 @dataclass
@@ -38,8 +42,39 @@ class StageFingerprint(CachePolicy):
     def compute_key(
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str | None:
-        """Return the key of the stage in `inputs`."""
-        return digest_json([inputs["stage"].fingerprint, str(Path(inputs["folder"]).resolve())])
+        """Return the key of the stage in `inputs`; None, and the task then runs, where Prefect's results are no files.
+
+        Raises:
+            CorruptionError: what is kept under the key was not written by a stage; Prefect logs it, and the task runs.
+        """
+        key = digest_json([inputs["stage"].fingerprint, str(Path(inputs["folder"]).resolve())])
+        storage = task_ctx.result_store.result_storage
+        if not isinstance(storage, LocalFileSystem) or storage.basepath is None:
+            return None
+        refuse_foreign_record(Path(storage.basepath).expanduser() / key)
+        return key
+
+
+def refuse_foreign_record(path: Path) -> None:
+    """Refuse a result that Prefect would load in any other way than a stage writes it.
+
+    Prefect loads a result by the serializer that the result itself names: by pickle, if none, or by any function.
+
+    Raises:
+        CorruptionError: the file is not a result in JSON.
+    """
+    if not path.exists():
+        return
+    try:
+        record: Any = json.loads(path.read_bytes())
+        serializer = record["metadata"]["serializer"]
+    except (ValueError, LookupError, TypeError):
+        serializer = None
+    if serializer != JSON_SERIALIZER:
+        raise CorruptionError(
+            f"expected a result in JSON in {path}, got one for another serializer: it was changed after it was "
+            "written; it is not loaded; delete it"
+        )
 
 
 def is_worth_retrying(task: Any, task_run: Any, state: State[Any]) -> bool:

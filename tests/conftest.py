@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # One thread a worker: two cores are shared by the test workers, and results must not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,14 +11,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from small_catalogues import scanner
+from small_runs import WarmParent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,6 +50,25 @@ def clustered_vectors(rows: int, dimensions: int, *, seed: int = 0, clusters: in
 def vectors() -> NDArray[np.float32]:
     """(2000, 24) unit vectors in clusters of unequal size."""
     return clustered_vectors(2000, 24)
+
+
+@pytest.fixture(scope="session")
+def warm_parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
+    """A process whose children start in no time; its tests share a test worker, since it takes seconds to start."""
+    parent = WarmParent(tmp_path_factory.mktemp("warm"))
+    yield parent
+    parent.close()
+
+
+@pytest.fixture
+def quick_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where there is room: a killed process loses nothing that was written, flushed or not."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 1 << 30:
+        yield tmp_path
+        return
+    with TemporaryDirectory(dir=memory, prefix="semids-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

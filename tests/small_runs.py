@@ -16,6 +16,8 @@ import numpy as np
 
 from semids import pipeline, shards
 from semids.shards import ShardLayout
+from semids.store import read_sealed_json
+from semids.verification import verify_run
 
 SHARD_ROWS = 32
 """Rows of a shard in these runs: 140 distinct texts then lie in 5 shards."""
@@ -95,6 +97,22 @@ def stage_folders(run: Path) -> dict[str, Path]:
 def committed_files(run: Path) -> list[Path]:
     """Return every file that a run committed."""
     return sorted(path for path in (run / "stages").glob("[!.]*/*") if not path.name.startswith("."))
+
+
+def check_same(run: Path, undisturbed: Path) -> None:
+    """Compare a run with the undisturbed one: IDs byte by byte, every other output but the report's times by digest."""
+    for name in ("semantic_ids.parquet", "tokens.json", "vocabulary.json", "report.json", "report.md"):
+        assert (published(run) / name).exists()
+    for name in ("semantic_ids.parquet", "tokens.json", "vocabulary.json"):
+        assert (published(run) / name).read_bytes() == (published(undisturbed) / name).read_bytes()
+    digests = [
+        {name: read_sealed_json(path / "manifest.json")["digest"] for name, path in stage_folders(folder).items()}
+        for folder in (run, undisturbed)
+    ]
+    assert digests[0].keys() == digests[1].keys()
+    assert all(digests[0][name] == digests[1][name] for name in digests[0] if not name.startswith("report-"))
+    assert verify_run(run).faults == []
+    assert list(run.rglob(".tmp-*")) == []
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -20,6 +21,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterParentFlowRunId,
 )
+from prefect.results import ResultRecord
+from prefect.serializers import PickleSerializer
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
@@ -242,6 +245,64 @@ def test_results_and_errors_are_stored_as_json_and_never_as_pickle(
     assert kept
     assert set(kept) == {"json"}
     assert StageReader(outcome.report.path).summary["title"] == outcome.label
+
+
+class Explosive:
+    """Leaves a folder where it is unpickled."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.mark,)
+
+
+def pickled_record(mark: Path) -> dict[str, Any]:
+    return {
+        "metadata": {"serializer": {"type": "pickle"}},
+        "result": PickleSerializer().dumps(Explosive(str(mark))).decode(),
+    }
+
+
+def unnamed_record(mark: Path) -> dict[str, Any]:
+    """What Prefect takes for a pickle, since it does not say."""
+    return {"metadata": {}, "result": pickled_record(mark)["result"]}
+
+
+def decoded_record(mark: Path) -> dict[str, Any]:
+    """JSON whose objects are handed to a function that the record names."""
+    decoder = {"type": "json", "object_decoder": "subprocess.call"}
+    return {"metadata": {"serializer": decoder}, "result": json.dumps({"mkdir": 1, str(mark): 1})}
+
+
+RECORDS = [pickled_record, unnamed_record, decoded_record]
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_the_planted_result_would_act(record: Any, tmp_path: Path) -> None:
+    with contextlib.suppress(ValueError):
+        ResultRecord.deserialize(json.dumps(record(tmp_path / "mark")).encode())
+    assert (tmp_path / "mark").exists()
+
+
+def test_a_pickle_planted_among_prefect_s_results_is_not_executed(
+    catalogue: dict[str, str], tmp_path: Path, storage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guard: `refuse_foreign_record` in `StageFingerprint.compute_key`."""
+    config = build_config(catalogue, tmp_path)
+    known = set(storage.rglob("*"))
+    first = build(config)
+    results = [path for path in storage.rglob("*") if path not in known and path.is_file()]
+    assert len(results) >= 9
+    for number, path in enumerate(results):
+        record = RECORDS[number % len(RECORDS)](tmp_path / f"mark-{number}")
+        path.write_text(json.dumps(json.loads(path.read_text()) | record))
+    caplog.clear()
+    assert build(config).refs() == first.refs()
+    assert list(tmp_path.glob("mark-*")) == []
+    assert "Cached" not in {state for _, state in task_states(caplog)}
+    for path in results:
+        assert f"expected a result in JSON in {path}, got one for another serializer" in caplog.text
 
 
 def test_prefect_never_answers_with_the_files_of_another_folder(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import pytest
 from small_runs import Outcome, WarmParent, published, stage_folders
 
 from semids.store import read_sealed_json
+
+pytestmark = pytest.mark.xdist_group("warm-parent")
 
 KILLED = -9
 OPTIONS = {
@@ -37,13 +38,6 @@ class Undisturbed:
     vectors: Path
     events: list[str]
     points: list[tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def warm_parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    parent = WarmParent(tmp_path_factory.mktemp("warm"))
-    yield parent
-    parent.close()
 
 
 def run(parent: WarmParent, vectors: Path, out: Path, **orders: Any) -> Outcome:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from semids.cli import main
 from semids.locks import look_at_lock, read_table
 from semids.status import RunStatus, read_status
 from semids.store import commit_sealed_json, read_sealed_json, run_lock
+
+pytestmark = pytest.mark.xdist_group("warm-parent")
 
 KILLED = -9
 RQVAE = {"layers": [8], "e_dim": 4, "batch_size": 40, "epochs": 6, "warmup_epochs": 2, "eval_step": 2}
@@ -63,13 +64,6 @@ def tokenize(vectors: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    parent = WarmParent(tmp_path_factory.mktemp("warm"))
-    yield parent
-    parent.close()
-
-
-@pytest.fixture(scope="module")
 def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vectors") / "vectors.npy"
     np.save(path, np.random.default_rng(0).normal(size=(190, 10)).astype(np.float32))
@@ -77,10 +71,10 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(parent: WarmParent, vectors: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def made(warm_parent: WarmParent, vectors: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A finished run and the events of its making."""
     folder = tmp_path_factory.mktemp("made") / "run"
-    outcome = parent.run(tokenize(vectors, folder), checkpoint_every=3, shard_rows=64, plots=False)
+    outcome = warm_parent.run(tokenize(vectors, folder), checkpoint_every=3, shard_rows=64, plots=False)
     assert outcome.code == 0, outcome.said
     return folder, outcome.events
 
@@ -130,7 +124,7 @@ def test_a_finished_run_is_shown_done_with_its_figures(run: Path, capsys: pytest
 
 
 def test_a_killed_run_is_dead_and_resumable_and_then_done(
-    parent: WarmParent, vectors: Path, made: tuple[Path, list[str]], tmp_path: Path
+    warm_parent: WarmParent, vectors: Path, made: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     """Guards: the checkpoint's epoch, the shards counted by their sidecars, and the free lock."""
     shards = [
@@ -139,7 +133,7 @@ def test_a_killed_run_is_dead_and_resumable_and_then_done(
     saved = [number for number, event in enumerate(made[1]) if event.startswith("_fill") and "checkpoint-" in event]
     orders: dict[str, Any] = {"checkpoint_every": 3, "shard_rows": 64, "plots": False}
     arguments = tokenize(vectors, tmp_path / "run")
-    assert parent.run(arguments, kill_at=shards[0], kill="before", **orders).code == KILLED
+    assert warm_parent.run(arguments, kill_at=shards[0], kill="before", **orders).code == KILLED
     found = read_status(tmp_path / "run")
     assert states(found) == {"Read the catalogue": "done", "vectors": "interrupted"}
     assert found.stages[-1].shards == {"vectors": (2, 3)}
@@ -148,7 +142,7 @@ def test_a_killed_run_is_dead_and_resumable_and_then_done(
     said = "Nothing is running. 1 stage is unfinished: run the same command again, and it goes on there."
     assert found.advice() == said
     # The resumed run writes less before it trains.
-    again = parent.run(arguments, kill_at=saved[-1] - shards[0], kill="before", **orders)
+    again = warm_parent.run(arguments, kill_at=saved[-1] - shards[0], kill="before", **orders)
     assert again.code == KILLED
     found = read_status(tmp_path / "run")
     (unfinished,) = [stage for stage in found.stages if stage.state == "interrupted"]
@@ -156,7 +150,7 @@ def test_a_killed_run_is_dead_and_resumable_and_then_done(
     assert unfinished.epoch == read_sealed_json(sealed)["state"]["epoch"] > 0
     assert unfinished.bytes > sealed.stat().st_size
     assert f"checkpoint after epoch {unfinished.epoch}" in found.describe()
-    assert parent.run(arguments, **orders).code == 0
+    assert warm_parent.run(arguments, **orders).code == 0
     assert set(states(read_status(tmp_path / "run")).values()) == {"done"}
 
 

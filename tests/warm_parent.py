@@ -7,9 +7,13 @@ FOLDER is where the model of its warming-up is written.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import pkgutil
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -20,9 +24,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from semids import cli, items, pipeline, plots, reporting, store
+import semids
+from semids import calibration, cli, fingerprints, reporting, stages, store
 from semids.embedders.transformer import TransformerEmbedder
-from semids.fingerprints import code_digest
 from semids.metrics import measure_ids
 from semids.plots import plot_report
 from semids.quantizers import _rqvae_train
@@ -41,6 +45,7 @@ STEPS = (
 def warm_up(folder: Path) -> None:
     """Do once, without threads, what a run imports or caches when it first does it."""
     import faiss
+    import pyarrow.compute  # noqa: F401
 
     tqdm.tqdm.monitor_interval = 0  # no thread that watches bars
     model = tiny_models.build_bert(folder / "model")
@@ -49,8 +54,14 @@ def warm_up(folder: Path) -> None:
     embedder.embed(["red shoe", "blue shoe"])
     faiss.Kmeans(2, 1, niter=1, min_points_per_centroid=1).train(np.eye(2, dtype=np.float32))
     plot_report(measure_ids([np.array([[0, 1]])], None, sizes=(2, 2)))
-    for function in (items.scan_texts, pipeline._train, pipeline._freeze, reporting._write_report):
-        code_digest(function)
+    for module in pkgutil.walk_packages(semids.__path__, "semids."):
+        for name in fingerprints._source(module.name).statements:
+            fingerprints._definition(module.name, name)
+    # The same in every child, and a third of the time of a run as small as these.
+    stages.library_versions = reporting.library_versions = functools.cache(stages.library_versions)
+    calibration.available_bytes = functools.cache(calibration.available_bytes)
+    stages.library_versions()
+    calibration.available_bytes()
     assert threading.active_count() == 1, "threads do not survive a fork"
 
 
@@ -58,28 +69,40 @@ def obey(orders: dict[str, Any]) -> int:
     """Run a command line as asked and return its exit code.
 
     Orders: `arguments`; `checkpoint_every`, training steps of an RQ-VAE between two checkpoints; `shard_rows`; `plots`,
-    false to leave them empty; `events`, a file to which every step of the commit helper, every link and every training
-    step is written; `kill_at` and `kill`: the number of the event at which to die, and whether `before` it, `half` way
-    through a write, or `after` it.
+    false to write zeros in their place; `events`, a file to which every step of the commit helper, every link and every
+    training step is written; `kill_at` and `kill`: the number of the event at which to die, and whether `before` it,
+    `half` way through a write, or `after` it; `copied` and `copies`: the run folder, and one that gets a copy of it as
+    it is before each event that begins a stage, or the results, by the number of the event; `image`, `cuts` and
+    `cut_after`: a file, and a folder that gets a copy of it after each of these events; `flush_files`, false to flush
+    folders alone.
     """
     small_runs.use_small_shards(orders.get("shard_rows", small_runs.SHARD_ROWS))
     if not orders.get("plots", True):
-        plots._png = lambda figure: b""
+        reporting.plot_report = lambda figures: dict.fromkeys(("prefixes", "buckets", "loads"), bytes(5000))
+        reporting.plot_training = lambda note: bytes(5000)
+    if not orders.get("flush_files", True):
+        flush = store._flush
+        store._flush = lambda path: flush(path) if path.is_dir() else None
     if "checkpoint_every" in orders:
         save_every(orders["checkpoint_every"])
     log = os.open(orders["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     steps = 0
     inside = False
+    place = Path()
 
     def watch(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def step(*arguments: Any) -> Any:
-            nonlocal steps, inside
+            nonlocal steps, inside, place
             if inside:  # `_rename` replaces: one step, not two
                 return original(*arguments)
             number, steps = steps, steps + 1
-            os.write(log, f"{name} {arguments[1] if name == '_rename' else arguments[0]}\n".encode())
+            subject = arguments[1] if name == "_rename" else arguments[0]
+            if "copies" in orders and name in ("_fill", "symlink_to") and subject.parent != place:
+                place = subject.parent
+                shutil.copytree(orders["copied"], Path(orders["copies"]) / str(number), symlinks=True)
+            os.write(log, f"{name} {subject}\n".encode())
             kill = orders.get("kill") if number == orders.get("kill_at") else None
             if kill == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -88,6 +111,9 @@ def obey(orders: dict[str, Any]) -> int:
                 result = original(*arguments)
             finally:
                 inside = False
+            if number in orders.get("cut_after", ()):
+                copy = Path(orders["cuts"]) / str(number)
+                subprocess.run(["cp", "--sparse=always", orders["image"], copy], check=True)
             if kill == "half":
                 os.truncate(arguments[0], arguments[0].stat().st_size // 2)
             if kill is not None:
