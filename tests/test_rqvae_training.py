@@ -11,12 +11,15 @@ import torch
 
 from semids.config import BuildConfig, SweepConfig, make_config
 from semids.errors import DataError, UsageError
-from semids.quantizers import _rqvae_rows, _rqvae_train
+from semids.quantizers import _rqvae_rows, _rqvae_state, _rqvae_train
+from semids.quantizers._rqvae_decoder import DecoderJob, fit_decoder
 from semids.quantizers._rqvae_evaluation import evaluate
 from semids.quantizers._rqvae_rows import ResidentRows, StreamedRows, hold_out, open_rows
 from semids.quantizers._rqvae_steps import rate_of, reset_moments
 from semids.quantizers._rqvae_train import Job, Trained, freeze_training, train
+from semids.quantizers.base import TrainingData
 from semids.quantizers.rqvae import Rqvae, RqvaeSettings
+from semids.residual import ResidualCodebooks
 from semids.shards import ShardedArray, ShardLayout
 
 SIZES = (8, 6)
@@ -64,8 +67,8 @@ def fit(array: ShardedArray, folder: Path | None = None, **changes: Any) -> Trai
 
 
 def save_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rqvae_train, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(_rqvae_train, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(_rqvae_state, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(_rqvae_state, "CHECKPOINT_SHARE", 1e9)
 
 
 def figures(trained: Trained) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -318,3 +321,33 @@ def test_the_version_is_raised_when_trained_networks_change(which: int, array: A
     assert bool(sum(trained.state.revived)) == (which == 1)
     found = [*(float(value) for value in tensors["encoder_weight_1"][0, :3]), *evidence["losses"][-1]]
     np.testing.assert_allclose(found, STORED[Rqvae.version][which], rtol=2e-3, err_msg="raise Rqvae.version")
+
+
+# The same of the decoder, and Rqvae.decoder_version: its first weights, and its loss. One fit ends with its epochs, one
+# with its steps.
+WATCHED_DECODERS: list[dict[str, Any]] = [{"epochs": 30}, {"epochs": 30, "batch_size": 1}]
+STORED_DECODERS: dict[int, list[list[float]]] = {
+    1: [[-0.222253, -0.37859, -0.05683, 0.830642], [-0.160892, -0.309205, 0.000755, 0.667171]],
+}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_version_is_raised_when_fitted_decoders_change(which: int, array: Array) -> None:
+    """The network is drawn, not trained: what changes training leaves the decoder's version as it is."""
+    rng = np.random.default_rng(5)
+    shapes = {"decoder_weight_1": (6, 12), "decoder_bias_1": (12,), "decoder_weight_2": (12, 10), "mean": (10,)}
+    network = {name: (0.3 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+    network |= {"decoder_bias_2": np.zeros(10, np.float32), "scale": np.array(0.8, np.float32)}
+    books = tuple(rng.normal(size=(size, 6)).astype(np.float32) for size in SIZES)
+    codebooks = ResidualCodebooks(books, tuple(np.zeros(size, np.float32) for size in SIZES))
+    codes = np.stack([rng.integers(0, size, 500) for size in SIZES], axis=1).astype(np.uint8)
+    settings = RqvaeSettings(**SMALL | WATCHED_DECODERS[which])
+    data = TrainingData(array, np.arange(0, 500, 3))
+    taken: list[tuple[int, int]] = []
+    tensors, loss = fit_decoder(
+        DecoderJob(network, codebooks, codes, data, settings, 2), lambda *done: taken.append(done)
+    )
+    assert taken[-1] == ((40, 40), (2000, 2000))[which]
+    found = [*(float(value) for value in tensors["decoder_weight_1"][0, :3]), loss]
+    stored = STORED_DECODERS[Rqvae.decoder_version][which]
+    np.testing.assert_allclose(found, stored, rtol=2e-3, atol=2e-4, err_msg="raise Rqvae.decoder_version")

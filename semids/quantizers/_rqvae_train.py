@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +36,6 @@ from semids.shards import ShardedArray
 if TYPE_CHECKING:
     from semids.quantizers.rqvae import RqvaeSettings
 
-CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints: what a kill costs at most, besides the step under way."""
-CHECKPOINT_SHARE = 0.02
-"""Part of the time that checkpoints may take: large networks are saved less often."""
 REVIVAL_ROWS = 4096
 """Rows among which dead codewords find a new place, at least one a codeword."""
 
@@ -113,9 +108,8 @@ class _Trainer:
             TrainingState(revived=[0] * len(job.sizes)),
             [torch.zeros(size, dtype=torch.int64, device=device) for size in job.sizes],
         )
+        # All ranks go on from what one of them writes.
         self.checkpoints = Checkpoints(job.folder)
-        self.saved = time.monotonic()
-        self.pause = CHECKPOINT_SECONDS
 
     @property
     def state(self) -> TrainingState:
@@ -287,16 +281,13 @@ class _Trainer:
             state.worse += 1
 
     def _save_now_and_then(self) -> None:
-        if time.monotonic() - self.saved >= self.pause:
-            self.save()
+        if self.ranks.rank == 0:
+            self.checkpoints.save_now_and_then(self.training)
 
     def save(self) -> None:
         """Commit a checkpoint, as the one rank that writes."""
         if self.ranks.rank == 0:
-            started = time.monotonic()
             self.checkpoints.save(self.training)
-            self.saved = time.monotonic()
-            self.pause = max(CHECKPOINT_SECONDS, (self.saved - started) / CHECKPOINT_SHARE)
 
     def outcome(self) -> Trained:
         """Return the best weights."""

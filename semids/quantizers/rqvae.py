@@ -122,7 +122,9 @@ class Rqvae(Quantizer):
     settings_type: ClassVar[type[QuantizerSettings]] = RqvaeSettings
     mappings: ClassVar[tuple[MappingName, ...]] = ("nearest", "uniform", "capacity")
     version: ClassVar[int] = 1
-    """Raised when the same configuration trains another network: it takes hours, which no comment is to cost."""
+    """Raised when the same configuration trains another network: it takes hours, which no changed line is to cost."""
+    decoder_version: ClassVar[int] = 1
+    """The same of the decoder that is fitted to another mapping's codes."""
     settings: RqvaeSettings
 
     @classmethod
@@ -168,6 +170,7 @@ class Rqvae(Quantizer):
             run=_fit_decoder,
             work=partial(decoder_work, self.sizes, self.settings),
             needs=(NETWORK, LATENT, *(step.name for step in steps)),
+            version=self.decoder_version,
         )
         return [network, latent, *(self._in_latent_space(step) for step in steps), decoder]
 
@@ -309,7 +312,7 @@ def _fit_decoder(
     quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
 ) -> StepOutcome:
     """Fit the decoder that was trained under the mapping nearest to the codes of another."""
-    from semids.quantizers._rqvae_decoder import fit_decoder
+    from semids.quantizers._rqvae_decoder import DecoderJob, fit_decoder
 
     codebooks = read_codebooks(_mapped_codebooks(quantizer.mapping, quantizer.sizes, needed))
     if quantizer.mapping == "capacity":
@@ -317,15 +320,8 @@ def _fit_decoder(
     else:
         encoder, decoder = _read_network(needed[NETWORK], "encoder"), _read_network(needed[NETWORK], "decoder")
         codes = FrozenRqvae(encoder, codebooks, decoder).encode_all(data.vectors)
-    tensors, loss = fit_decoder(
-        needed[NETWORK],
-        codebooks,
-        codes,
-        data,
-        quantizer.settings,
-        seed=quantizer.seed,
-        done=lambda taken, steps: progress(step.title, taken, steps, "steps"),
-    )
+    job = DecoderJob(needed[NETWORK], codebooks, codes, data, quantizer.settings, quantizer.seed)
+    tensors, loss = fit_decoder(job, lambda taken, steps: progress(step.title, taken, steps, "steps"))
     return StepOutcome(tensors, {"rows": len(data.rows), "loss": loss})
 
 
