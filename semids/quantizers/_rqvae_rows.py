@@ -15,12 +15,11 @@ from torch import Tensor
 from semids.kmeans import sample_rows
 from semids.quantizers._ranks import Ranks
 from semids.shards import ShardedArray
+from semids.work import RESIDENT_SHARE
 
 HELD_OUT_SHARE = 0.05
 MOST_HELD_OUT = 1 << 18
 BATCHES_AHEAD = 2
-RESIDENT_SHARE = 0.5
-"""Part of a device's free memory that the rows may take; the rest is for the network, and for a batch on its way."""
 
 
 def hold_out(rows: NDArray[np.int64], *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
