@@ -199,8 +199,12 @@ def test_the_best_weights_are_those_of_the_evaluation_that_judges_best(array: Ar
 
 
 def test_patience_ends_a_training_that_gets_no_better(array: Array) -> None:
-    state = fit(array, epochs=400, lr=0.05, patience=2).state
+    told: list[tuple[str, int, int]] = []
+    job = job_of(array, epochs=400, lr=0.05, patience=2)
+    state = train(job, lambda *given: told.append(given)).state
     assert state.epoch < 400
+    # Progress ends at 100 %, with the rows that it took.
+    assert told[-2:] == [("train", 475 * state.epoch, 475 * total) for total in (400, state.epoch)]
     assert state.epoch - state.best == 2 * SMALL["eval_step"]
 
 

@@ -91,6 +91,10 @@ def train(job: Job, told: Told, *, ranks: Ranks = Ranks(), device: torch.device 
     while not trainer.is_finished():
         trainer.run_epoch()
     trainer.save()
+    if trainer.state.epoch < job.settings.epochs:
+        # Patience ended it: these rows were all.
+        rows = trainer.state.epoch * len(trainer.trained)
+        told("train", rows, rows)
     return trainer.outcome()
 
 
