@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,23 @@ def test_more_epochs_than_shown_follow_in_an_order_of_their_own() -> None:
     assert np.array_equal(first, again)
     assert not np.array_equal(first, second)
     assert np.array_equal(np.sort(second), np.arange(1000))
+    ahead = list(_rqvae_rows.epoch_orders(1000, range(1, 4), seed=0))
+    assert len(ahead) == 3
+    assert all(np.array_equal(order, _rqvae_rows.epoch_order(1000, 1 + i, seed=0)) for i, order in enumerate(ahead))
+
+
+def test_the_next_order_is_drawn_while_an_epoch_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = threading.Event()
+    epoch_order = _rqvae_rows.epoch_order
+
+    def watched(rows: int, epoch: int, *, seed: int) -> Any:
+        if epoch == 1:
+            drawn.set()
+        return epoch_order(rows, epoch, seed=seed)
+
+    monkeypatch.setattr(_rqvae_rows, "epoch_order", watched)
+    next(_rqvae_rows.epoch_orders(10, range(2), seed=0))
+    assert drawn.wait(30)
 
 
 # First weights and last losses of small trainings, by version. A difference means that networks trained before are no

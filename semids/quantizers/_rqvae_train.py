@@ -23,7 +23,7 @@ from semids.quantizers._rqvae_rows import (
     RowSource,
     StreamedRows,
     batch_places,
-    epoch_order,
+    epoch_orders,
     hold_out,
     open_rows,
     read_ahead,
@@ -125,6 +125,8 @@ class _Trainer:
             if self.ranks.rank == 0:
                 self._standardize()
             self._agree()
+        epochs = range(self.state.epoch, self.job.settings.epochs)
+        self.orders = epoch_orders(len(self.trained), epochs, seed=self.job.seed)
         self.rows: RowSource = open_rows(self.job.vectors, self.trained, self.device)
         self.step_model: nn.Module = self.training.model
         if self.ranks.world > 1:
@@ -191,7 +193,7 @@ class _Trainer:
         p, state = self.job.settings, self.state
         if p.kmeans_init and (state.epoch, state.step) == (p.warmup_epochs, 0):
             self._start_codebooks()
-        order = epoch_order(len(self.trained), state.epoch, seed=self.job.seed)
+        order = next(self.orders)
         places = batch_places(order, p.batch_size, start=state.step, ranks=self.ranks)
         for rows in read_ahead(self.rows.read, places, self.device):
             self._take_step(rows, min(p.batch_size, len(order) - state.step * p.batch_size), order)

@@ -91,8 +91,8 @@ def network_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
         rows = min(training_budget(size, settings.e_dim), counts.training)
         lloyd = sizes.count(size) * settings.kmeans_iters * rows * size
         work += Work({fitting(size, settings.e_dim): lloyd}, memory=8 * rows * settings.e_dim)
-    # Contents of the training split, those of them that are trained on, and their order, in every process.
-    orders = settings.processes * 20 * counts.training
+    # Contents of the training split, those of them that are trained on, and two orders of them, in every process.
+    orders = settings.processes * 24 * counts.training
     # Rows on their way, as they are and standardised; what layers make of them, and its gradients; scores.
     held = batch * (4 * counts.itemsize * d + 12 * d + 12 * 3 * sum(widths) + 12 * max(sizes))
     weights = COPIES * 4 * (2 * weight_count(widths) + sum(sizes) * settings.e_dim)
