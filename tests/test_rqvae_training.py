@@ -15,9 +15,10 @@ from semids.errors import DataError, UsageError
 from semids.quantizers import _rqvae_rows, _rqvae_state, _rqvae_train
 from semids.quantizers._rqvae_decoder import DecoderJob, fit_decoder
 from semids.quantizers._rqvae_evaluation import evaluate
+from semids.quantizers._rqvae_outcome import Trained, freeze_training
 from semids.quantizers._rqvae_rows import ResidentRows, StreamedRows, hold_out, open_rows
 from semids.quantizers._rqvae_steps import rate_of, reset_moments
-from semids.quantizers._rqvae_train import Job, Trained, freeze_training, train
+from semids.quantizers._rqvae_train import Job, train
 from semids.quantizers.base import TrainingData
 from semids.quantizers.rqvae import Rqvae, RqvaeSettings
 from semids.residual import ResidualCodebooks

@@ -38,7 +38,7 @@ class DecoderJob:
     """A decoder that is to be fitted.
 
     Args:
-        network: what `_rqvae_train.freeze_training` returned.
+        network: what `_rqvae_outcome.freeze_training` returned.
         codebooks: those of the mapping.
         codes: (D, L), of all contents.
         data: the contents' vectors, the rows to fit to, and the folder in which checkpoints lie; None keeps none.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from semids.errors import DataError
 from semids.kmeans import fit_codebook, sample_rows, training_budget
 from semids.quantizers._ranks import Ranks
 from semids.quantizers._rqvae_evaluation import EVALUATION_ROWS, evaluate, rank_of
-from semids.quantizers._rqvae_model import RqvaeModel, decoder_tensors, layer_tensors, squared_distances
+from semids.quantizers._rqvae_model import squared_distances
+from semids.quantizers._rqvae_outcome import Trained
 from semids.quantizers._rqvae_rows import (
     RowSource,
     StreamedRows,
@@ -30,7 +31,6 @@ from semids.quantizers._rqvae_rows import (
 )
 from semids.quantizers._rqvae_state import Checkpoints, Training, TrainingState
 from semids.quantizers._rqvae_steps import make_model, make_optimizer, rate_of, reset_moments, update
-from semids.quantizers.base import Tensors
 from semids.shards import ShardedArray
 
 if TYPE_CHECKING:
@@ -60,16 +60,6 @@ class Job:
     vectors: ShardedArray
     rows: NDArray[np.int64]
     folder: Path | None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The best weights of a training, and how it went."""
-
-    model: RqvaeModel
-    state: TrainingState
-    rows: int
-    held_out: int
 
 
 def train(job: Job, told: Told, *, ranks: Ranks = Ranks(), device: torch.device | None = None) -> Trained:  # noqa: B008
@@ -299,28 +289,3 @@ class _Trainer:
         """Return the best weights."""
         self.training.model.load_state_dict(self.training.best_weights)
         return Trained(self.training.model, self.state, len(self.trained), len(self.held_out))
-
-
-def freeze_training(trained: Trained) -> tuple[Tensors, dict[str, Any]]:
-    """Return a network's tensors and, as JSON, how its training went.
-
-    The tensors are `encoder_weight_i` (d_in, d_out) and `encoder_bias_i` of its layers i from 1, those of the decoder,
-    `codebook_l` (K_l, e_dim), and the `mean` (d,) and `scale` () of rows, which are part of the outermost layers
-    already; float32.
-    """
-    model, state = trained.model.cpu().double(), trained.state
-    tensors = layer_tensors("encoder", model.encoder) | decoder_tensors(model.decoder, model.mean, model.scale)
-    tensors["encoder_weight_1"] = tensors["encoder_weight_1"] * model.scale
-    tensors["encoder_bias_1"] = tensors["encoder_bias_1"] - model.mean @ tensors["encoder_weight_1"]
-    tensors |= {"mean": model.mean, "scale": model.scale}
-    tensors |= {f"codebook_{level}": book.detach() for level, book in enumerate(model.codebooks, start=1)}
-    evidence = {
-        "rows": trained.rows,
-        "held_out": trained.held_out,
-        "epochs": state.epoch,
-        "best_epoch": state.best,
-        "revived": state.revived,
-        "losses": state.losses,
-        "evaluations": state.evaluations,
-    }
-    return {name: np.ascontiguousarray(value.numpy(), dtype=np.float32) for name, value in tensors.items()}, evidence
