@@ -8,13 +8,15 @@ import resource
 import sys
 import threading
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 INTERVAL_S = 0.02
 """Between two looks at the process: arrays that count live longer, and a look takes 50 µs."""
 STATUS = Path("/proc/self/status")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
+"""Files of the drivers that PyTorch computes with: without one, it need not be imported to know that there is none."""
 
 
 class PeakMemory:
@@ -23,14 +25,21 @@ class PeakMemory:
     Anonymous memory alone is counted, several times a second: pages of mapped files are given back when others need
     the room. Whatever else the process does meanwhile counts too. Where the system does not tell (macOS), the figure
     is the largest resident memory since the process began.
+
+    `device_bytes` is the most that PyTorch held meanwhile of the memory of this process's CUDA device; None where it
+    used none.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.device_bytes: int | None = None
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="memory", daemon=True)
 
     def __enter__(self) -> Self:
+        cuda = _cuda_in_use()
+        if cuda is not None:
+            cuda.reset_peak_memory_stats()
         self._look()
         self._watcher.start()
         return self
@@ -39,6 +48,9 @@ class PeakMemory:
         self._ended.set()
         self._watcher.join()
         self._look()
+        cuda = _cuda_in_use()
+        if cuda is not None:
+            self.device_bytes = cuda.max_memory_allocated()
 
     def _watch(self) -> None:
         while not self._ended.wait(INTERVAL_S):
@@ -46,6 +58,27 @@ class PeakMemory:
 
     def _look(self) -> None:
         self.bytes = max(self.bytes, held_bytes())
+
+
+def _cuda_in_use() -> Any:
+    """Return `torch.cuda` if this process computes with it, and None if not; imports nothing."""
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    return cuda if cuda is not None and cuda.is_initialized() else None
+
+
+def device_free_bytes() -> int | None:
+    """Return the memory that this process may still take of its CUDA device, in bytes; None where there is none.
+
+    What PyTorch holds for later counts as free. Asking makes the process one that uses the device, if there is one.
+    """
+    if not any(driver.exists() for driver in DRIVERS):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def held_bytes() -> int:

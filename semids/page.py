@@ -304,9 +304,11 @@ def _timing_table(report: Report) -> str:
 
 
 PLAN_HEADINGS = ("predicted time", "took", "predicted memory", "peak", "predicted disk", "wrote")
+DEVICE_HEADINGS = ("predicted GPU memory", "peak")
 
 
 def _plan_table(report: Report) -> str:
+    device = any("peak_device_bytes" in stage for stage in report.planned)
     rows = [
         [
             escape_markdown(str(stage["stage"])),
@@ -316,10 +318,17 @@ def _plan_table(report: Report) -> str:
             format_bytes(stage["peak_bytes"]),
             format_bytes(stage["predicted_disk_bytes"]),
             format_bytes(stage["written_bytes"]),
+            *(_device_cells(stage) if device else ()),
         ]
         for stage in report.planned
     ]
-    return f"What `semids plan` predicted:\n\n{markdown_table(['stage', *PLAN_HEADINGS], rows)}" if rows else ""
+    headings = ["stage", *PLAN_HEADINGS, *(DEVICE_HEADINGS if device else ())]
+    return f"What `semids plan` predicted:\n\n{markdown_table(headings, rows)}" if rows else ""
+
+
+def _device_cells(stage: Mapping[str, Any]) -> list[str]:
+    names = ("predicted_device_bytes", "peak_device_bytes")
+    return [format_bytes(stage[name]) if name in stage else "" for name in names]
 
 
 def _versions(report: Report) -> str:

@@ -12,7 +12,7 @@ from semids import runs, stage_work
 from semids.config import BuildConfig
 from semids.counts import UnknownDimensionsError, read_counts
 from semids.errors import UsageError
-from semids.memory import available_bytes, held_bytes
+from semids.memory import available_bytes, device_free_bytes, held_bytes
 from semids.pipeline import Runner, check_counts
 from semids.reporting import plan_file, plan_name
 from semids.stages import Ref, Stage, left_bytes, made_titles, peek_stage, title_of
@@ -39,6 +39,7 @@ class StagePlan:
         seconds: None where nothing was measured.
         memory: most bytes that the process holds meanwhile.
         disk: bytes that it leaves.
+        device_memory: most bytes of a CUDA device's memory that it takes, where there is one.
         done: an earlier run left it; it takes nothing.
     """
 
@@ -46,6 +47,7 @@ class StagePlan:
     seconds: float | None
     memory: int
     disk: int
+    device_memory: int
     done: bool
 
 
@@ -58,6 +60,7 @@ class Plan:
         left: bytes that an interrupted run left of the first stage to be done.
         free: bytes free on the disk of the run folder.
         folder: the run folder.
+        device: bytes of a CUDA device's memory that may be taken; None where no stage to be done uses one.
     """
 
     counts: Counts
@@ -66,6 +69,7 @@ class Plan:
     left: int
     free: int
     folder: str
+    device: int | None = None
 
     @property
     def to_do(self) -> list[StagePlan]:
@@ -81,6 +85,7 @@ class Plan:
             seconds=None if None in times else sum(time or 0 for time in times),
             memory=max((stage.memory for stage in self.to_do), default=0),
             disk=max(0, sum(stage.disk for stage in self.to_do) - self.left),
+            device_memory=max((stage.device_memory for stage in self.to_do), default=0),
             done=not self.to_do,
         )
 
@@ -94,7 +99,8 @@ class Plan:
         """Refuse a run that has no room.
 
         Raises:
-            UsageError: a stage needs clearly more memory than is available, or all of them more disk than is free.
+            UsageError: a stage needs clearly more memory than is available, of the machine or of its CUDA device, or
+                all of them more disk than is free.
         """
         needs = max(self.to_do, key=lambda stage: stage.memory, default=self.total)
         if self.available is not None and needs.memory > MARGIN * self.available:
@@ -102,6 +108,14 @@ class Plan:
                 f"expected a run that fits the memory, but '{needs.title}' needs {format_bytes(needs.memory)} of "
                 f"{format_bytes(self.available)} available; take a smaller shape or fewer dimensions, or a larger "
                 "machine"
+            )
+        needs = max(self.to_do, key=lambda stage: stage.device_memory, default=self.total)
+        if self.device is not None and needs.device_memory > MARGIN * self.device:
+            raise UsageError(
+                f"expected a run that fits the GPU's memory, but '{needs.title}' needs "
+                f"{format_bytes(needs.device_memory)} of {format_bytes(self.device)} free there; take smaller batches "
+                "(options.rqvae.batch_size, embedder.batch_tokens), a smaller network or model, or another GPU; with "
+                "CUDA_VISIBLE_DEVICES= it runs on the CPU"
             )
         if self.total.disk > self.free:
             raise UsageError(
@@ -111,12 +125,14 @@ class Plan:
 
     def describe(self) -> str:
         """Return the stages as a table, what they were predicted from, and whether they fit, for a terminal."""
-        rows = [_row(stage) for stage in (*self.stages, self.total)]
+        device = self.device is not None
+        rows = [_row(stage, device=device) for stage in (*self.stages, self.total)]
+        headings = ["stage", "time", "memory", *(["GPU memory"] if device else []), "disk"]
         counts = self.counts
         known = "" if counts.exact else ", supposed"
         return (
             f"{counts.items:,} items, {counts.contents:,} contents{known}, {counts.dimensions:,} dimensions\n\n"
-            f"{plain_table(['stage', 'time', 'memory', 'disk'], rows, left=[0])}"
+            f"{plain_table(headings, rows, left=[0])}"
         )
 
     def verdict(self) -> str:
@@ -125,20 +141,26 @@ class Plan:
         if total.done:
             return "nothing to do: every stage is there"
         of = "" if self.available is None else f" of {format_bytes(self.available)} available"
-        fits = "fits" if self.available is None or total.memory <= self.available else "may fit"
+        tight = self.available is not None and total.memory > self.available
+        device = ""
+        if self.device is not None:
+            tight = tight or total.device_memory > self.device
+            device = f"{format_bytes(total.device_memory)} GPU memory of {format_bytes(self.device)} free, "
         return (
-            f"{fits}: needs {format_bytes(total.memory)}{of}, {format_seconds(total.seconds)}, "
+            f"{'may fit' if tight else 'fits'}: needs {format_bytes(total.memory)}{of}, {device}"
+            f"{format_seconds(total.seconds)}, "
             f"{format_bytes(total.disk)} disk of {format_bytes(self.free)} free"
         )
 
 
-def _row(stage: StagePlan) -> list[str]:
+def _row(stage: StagePlan, *, device: bool) -> list[str]:
     if stage.done:
-        return [stage.title, "done", "", ""]
+        return [stage.title, "done", *[""] * (3 if device else 2)]
     return [
         stage.title,
         format_seconds(stage.seconds),
         format_bytes(stage.memory),
+        *([format_bytes(stage.device_memory) if stage.device_memory else ""] if device else []),
         format_bytes(stage.disk),
     ]
 
@@ -172,16 +194,20 @@ def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done:
     check_counts(config, counts.contents, counts.training_items)
     folder = Path(config.out).resolve()
     stages: list[StagePlan] = []
-    for title, base, work in _works(config, counts, done.stages):
+    works = _works(config, counts, done.stages)
+    uses_device = any(work.device_memory for title, _, work in works if title not in done.stages)
+    device = device_free_bytes() if uses_device else None
+    for title, base, work in works:
         finished = title in done.stages
         disk = 0 if title in done.perhaps else work.disk
         seconds = machine.seconds(work) if machine is not None and not finished else None
-        stages.append(StagePlan(title, seconds, base + work.memory, disk, finished))
+        stages.append(StagePlan(title, seconds, base + work.memory, disk, work.device_bytes(device), finished))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     available = available_bytes()
     # What this process holds is in the predictions.
     available = None if available is None else available + held_bytes()
-    return Plan(counts, tuple(stages), available, done.left, shutil.disk_usage(existing).free, str(folder))
+    disk = shutil.disk_usage(existing).free
+    return Plan(counts, tuple(stages), available, done.left, disk, str(folder), device)
 
 
 def _works(config: BuildConfig, counts: Counts, done: Mapping[str, Ref]) -> list[tuple[str, int, Work]]:

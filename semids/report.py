@@ -66,7 +66,8 @@ class Report:
         peak_rss_bytes: largest anonymous memory of the stages before the report.
         planned: by stage before the report, free-form JSON, what a plan predicted and what was: `stage`,
             `predicted_seconds`, `seconds`, `predicted_memory_bytes`, `peak_bytes`, `predicted_disk_bytes`,
-            `written_bytes`; empty without a plan.
+            `written_bytes`, and of a stage that used a CUDA device `predicted_device_bytes` and `peak_device_bytes`;
+            empty without a plan.
         versions: of Python and the libraries.
         fingerprint: of the step that made the codes.
     """

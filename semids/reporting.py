@@ -146,9 +146,18 @@ def compare_stage(planned: Mapping[str, Any], manifest: Mapping[str, Any]) -> di
         "seconds": manifest["run"]["seconds"],
         "predicted_memory_bytes": planned["memory"],
         "peak_bytes": manifest["run"]["peak_rss_bytes"],
+        **_compare_device(planned, manifest),
         "predicted_disk_bytes": planned["disk"],
         "written_bytes": sum(record["bytes"] for record in manifest["files"].values()),
     }
+
+
+def _compare_device(planned: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Return the same of the memory of a CUDA device; nothing of a stage that did not use one."""
+    taken = manifest["run"].get("peak_device_bytes")
+    if not taken:
+        return {}
+    return {"predicted_device_bytes": planned.get("device_memory", 0), "peak_device_bytes": taken}
 
 
 def _training_steps(model: Ref) -> list[Ref]:

@@ -69,11 +69,13 @@ def import_work(counts: Counts) -> Work:
 def embed_work(config: CommonConfig, contents: Path, counts: Counts) -> Work:
     """Return the work of embedding texts, of which some are in the file `contents`."""
     shard = min(counts.contents, SHARD_ROWS) * counts.dimensions
+    embedder = config.make_embedder()
     # float32 vectors of a shard, and as they are stored.
     return Work(
         {loading(config): 1, embedding(config, contents): counts.contents, writing(): counts.vector_bytes},
-        memory=config.make_embedder().memory_bytes + 6 * shard,
+        memory=embedder.memory_bytes + 6 * shard,
         disk=_array_bytes(counts, counts.vector_bytes),
+        device_memory=embedder.device_bytes,
     )
 
 

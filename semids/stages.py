@@ -295,6 +295,7 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
         "run": {
             "seconds": round(seconds, 3),
             "peak_rss_bytes": peak.bytes,
+            **({} if peak.device_bytes is None else {"peak_device_bytes": peak.device_bytes}),
             "versions": library_versions(),
             **output.remembered,
         },

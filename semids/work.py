@@ -17,6 +17,10 @@ MOST_REPETITIONS = 5
 TEMPORARY = ".tmp-plan-"
 MEASURED_BYTES = 1 << 30
 """Memory and disk that measuring takes at most."""
+DEVICE_BYTES = 64 << 20
+"""Of a CUDA device's memory: what PyTorch sets aside for matrix products, some tens of MB by the kind of device."""
+RESIDENT_SHARE = 0.5
+"""Part of a device's free memory that rows may take; the rest is for the network, and for a batch on its way."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,15 @@ class Work:
         units: how much of each kind of work.
         memory: the most bytes it holds at a time, beyond what a process has that has done nothing yet.
         disk: bytes it leaves in the run folder.
+        device_memory: bytes of a CUDA device's memory that it needs where there is such a device, rows left out.
+        device_rows: bytes of rows that it keeps there, too, where they take at most RESIDENT_SHARE of what is free.
     """
 
     units: Mapping[Probe, float] = field(default_factory=dict[Probe, float])
     memory: int = 0
     disk: int = 0
+    device_memory: int = 0
+    device_rows: int = 0
 
     def __add__(self, other: Work) -> Work:
         """Return both, one after the other."""
@@ -92,7 +100,14 @@ class Work:
             units,
             max(self.memory, other.memory),
             self.disk + other.disk,
+            max(self.device_memory, other.device_memory),
+            max(self.device_rows, other.device_rows),
         )
+
+    def device_bytes(self, free: int | None) -> int:
+        """Return the memory that it takes of a CUDA device with so many bytes free; None stands for one of any size."""
+        resident = free is not None and self.device_rows <= RESIDENT_SHARE * free
+        return self.device_memory + (self.device_rows if resident else 0)
 
 
 class Machine:

@@ -18,6 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
+    ArtifactFilterType,
     FlowRunFilter,
     FlowRunFilterParentFlowRunId,
 )
@@ -31,9 +32,11 @@ from flows.sweep import sweep
 from semids import store
 from semids.config import BuildConfig, SweepConfig
 from semids.errors import UsageError
+from semids.quantizers import _rqvae_train
 from semids.results import results_folder
 from semids.stages import StageReader
 from semids.store import run_lock
+from tasks import stage
 from tasks.parameters import start
 
 # One server for the module: starting one takes ten seconds and more.
@@ -112,6 +115,34 @@ def test_a_build_leaves_ids_and_artifacts_and_a_second_one_changes_no_file(
     rate = json.loads((results / "report.json").read_text())["collision_rate"]
     assert f"{rate:.4f}" in report.data
     assert f"the collision rate is {rate:.4f}" in report.description
+
+
+def test_the_training_of_an_rqvae_moves_its_progress_artifact_to_the_end(
+    catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIRST_PROGRESS_SECONDS", "PROGRESS_EVERY_SECONDS"):
+        monkeypatch.setattr(stage, name, 0.0)
+    progress = ArtifactFilter(type=ArtifactFilterType(any_=["progress"]))
+
+    def shown() -> list[Any]:
+        with get_client(sync_client=True) as client:
+            found = client.read_artifacts(artifact_filter=progress, limit=200)
+        return [artifact for artifact in found if str(artifact.description).startswith("Train the RQ-VAE")]
+
+    seen: list[float] = []
+    run_epoch = _rqvae_train._Trainer.run_epoch
+
+    def watched(trainer: Any) -> None:
+        run_epoch(trainer)
+        seen.extend(artifact.data for artifact in shown())
+
+    monkeypatch.setattr(_rqvae_train._Trainer, "run_epoch", watched)
+    options = {"rqvae": {"layers": [8], "e_dim": 4, "batch_size": 100, "epochs": 5, "warmup_epochs": 1}}
+    config = build_config(catalogue, tmp_path, quantizer="rqvae", options=options)
+    assert build(config, return_state=True).is_completed()
+    assert seen == pytest.approx([20, 40, 60, 80, 100])
+    (artifact,) = shown()
+    assert artifact.description.startswith("Train the RQ-VAE: 1,900 of 1,900 rows, ")
 
 
 def test_a_sweep_shares_levels_and_survives_a_cell_that_fails(catalogue: dict[str, str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An RQ-VAE whose training is killed at any step, or while a checkpoint is written, ends as if nothing had happened."""
+"""An RQ-VAE whose training is killed at any step, or while it writes a checkpoint, ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ OPTIONS = {
     "sk_epsilons": [0.0, 0.05, 0.0],
 }
 STEPS = 9 * 5
+"""Of the network, and of the decoder that is fitted to the codes of the mapping."""
+NETWORK, DECODER = "_take_step", "take_step"
 CHECKPOINT_EVERY = 3
 CHUNKS = 4
 
@@ -54,12 +56,14 @@ def undisturbed(warm_parent: WarmParent, tmp_path_factory: pytest.TempPathFactor
     np.save(folder / "vectors.npy", rows.astype(np.float32))
     outcome = run(warm_parent, folder / "vectors.npy", folder / "run")
     assert outcome.code == 0, outcome.said
-    steps = [number for number, event in enumerate(outcome.events) if event.startswith("_take_step")]
-    assert len(steps) == STEPS
-    drawn = rng.choice(STEPS, 20, replace=False)
-    points = [(steps[place], ("before", "after")[number % 2]) for number, place in enumerate(drawn)]
-    # Every place in the writing of two checkpoints, early and late.
-    saves = [number for number, event in enumerate(outcome.events) if "checkpoint-" in event]
+    points: list[tuple[int, str]] = []
+    for kind, wanted in ((NETWORK, 20), (DECODER, 8)):
+        steps = [number for number, event in enumerate(outcome.events) if event.startswith(kind)]
+        assert len(steps) == STEPS
+        drawn = rng.choice(STEPS, wanted, replace=False)
+        points += [(steps[place], ("before", "after")[number % 2]) for number, place in enumerate(drawn)]
+    # Every place in the writing of two checkpoints of the network, early and late.
+    saves = [number for number, event in enumerate(outcome.events) if "network" in event and "checkpoint-" in event]
     saves = [number for number in saves if any(f"checkpoint-{nth:08d}" in outcome.events[number] for nth in (2, 13))]
     for number in saves:
         kills = ("before", "half", "after") if outcome.events[number].startswith("_fill") else ("after",)
@@ -78,30 +82,30 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_points_are_in_training_steps_and_in_checkpoints(undisturbed: Undisturbed) -> None:
     kinds = {(undisturbed.events[number].split()[0], kill) for number, kill in undisturbed.points}
     assert kinds == {
-        *(("_take_step", kill) for kill in ("before", "after")),
+        *((step, kill) for step in (NETWORK, DECODER) for kill in ("before", "after")),
         *(("_fill", kill) for kill in ("before", "half", "after")),
         ("_flush", "after"),
         ("_rename", "after"),
     }
-    assert len(undisturbed.points) >= 20 + 2 * 2 * 5
+    assert len(undisturbed.points) >= 20 + 8 + 2 * 2 * 5
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_a_killed_training_goes_on_to_the_same_weights_losses_and_codes(
     chunk: int, undisturbed: Undisturbed, warm_parent: WarmParent, tmp_path: Path
 ) -> None:
-    """Guards: all that `Training.tensors` and `TrainingState` hold, and the sealed file last in `Checkpoints.save`."""
+    """Guards: what `Training.tensors`, `TrainingState` and `_DecoderFit` hold, and the sealed file last in `save`."""
     for number, kill in undisturbed.points[chunk::CHUNKS]:
         where = f"{kill} {undisturbed.events[number]}"
         out = tmp_path / f"{number}-{kill}"
         killed = run(warm_parent, undisturbed.vectors, out, kill_at=number, kill=kill)
         assert killed.code == KILLED, f"{where}: {killed.said}"
-        before = sum(event.startswith("_take_step") for event in killed.events)
         again = run(warm_parent, undisturbed.vectors, out)
         assert again.code == 0, f"{where}: {again.said}"
-        after = sum(event.startswith("_take_step") for event in again.events)
         # What was saved is not done again.
-        assert STEPS <= before + after <= STEPS + 2 * CHECKPOINT_EVERY, where
+        for kind in (NETWORK, DECODER):
+            taken = sum(event.startswith(kind) for event in (*killed.events, *again.events))
+            assert STEPS <= taken <= STEPS + 2 * CHECKPOINT_EVERY, where
         # The digest of a stage is that of its tensors and of its summary, which has every loss.
         assert digests(out) == digests(undisturbed.folder), where
         for name in ("semantic_ids.parquet", "tokens.json"):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semids.quantizers._ranks import Ranks
-from semids.quantizers._rqvae_model import Layer, RqvaeModel, sinkhorn_codes, squared_distances
+from semids.quantizers._rqvae_model import Layer, Objective, RqvaeModel, sinkhorn_codes, squared_distances
 from tests.published_rqvae import PublishedRqvae, copy_weights, published_sinkhorn
 
 WIDTHS, SIZES = (20, 16, 8), (11, 7, 5)
@@ -19,7 +19,7 @@ def pair(epsilons: tuple[float, ...], *, beta: float = 0.25) -> tuple[RqvaeModel
     """Return our network and the published one with the same weights, both in float64."""
     generator = torch.Generator().manual_seed(3)
     model = RqvaeModel(
-        WIDTHS, SIZES, sk_epsilons=epsilons, sk_iters=30, beta=beta, quant_loss_weight=0.7, generator=generator
+        WIDTHS, SIZES, Objective(epsilons, sk_iters=30, beta=beta, quant_loss_weight=0.7), generator=generator
     ).double()
     published = PublishedRqvae(WIDTHS, SIZES, epsilons, iterations=30, beta=beta).double()
     with torch.no_grad():

@@ -14,8 +14,9 @@ import pytest
 from test_rqvae_training import Array, job_of, save_after_every_step, silently
 
 from semids.errors import DataError, ProcessError
+from semids.quantizers._rqvae_outcome import freeze_training
 from semids.quantizers._rqvae_processes import train_together
-from semids.quantizers._rqvae_train import freeze_training, train
+from semids.quantizers._rqvae_train import train
 
 pytestmark = pytest.mark.slow
 

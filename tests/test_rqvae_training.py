@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 
 from semids.config import BuildConfig, SweepConfig, make_config
 from semids.errors import DataError, UsageError
-from semids.quantizers import _rqvae_rows, _rqvae_train
+from semids.quantizers import _rqvae_rows, _rqvae_state, _rqvae_train
+from semids.quantizers._rqvae_decoder import DecoderJob, fit_decoder
 from semids.quantizers._rqvae_evaluation import evaluate
+from semids.quantizers._rqvae_outcome import Trained, freeze_training
 from semids.quantizers._rqvae_rows import ResidentRows, StreamedRows, hold_out, open_rows
 from semids.quantizers._rqvae_steps import rate_of, reset_moments
-from semids.quantizers._rqvae_train import Job, Trained, freeze_training, train
+from semids.quantizers._rqvae_train import Job, train
+from semids.quantizers.base import TrainingData
 from semids.quantizers.rqvae import Rqvae, RqvaeSettings
+from semids.residual import ResidualCodebooks
 from semids.shards import ShardedArray, ShardLayout
 
 SIZES = (8, 6)
@@ -64,8 +69,8 @@ def fit(array: ShardedArray, folder: Path | None = None, **changes: Any) -> Trai
 
 
 def save_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rqvae_train, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(_rqvae_train, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(_rqvae_state, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(_rqvae_state, "CHECKPOINT_SHARE", 1e9)
 
 
 def figures(trained: Trained) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -196,8 +201,12 @@ def test_the_best_weights_are_those_of_the_evaluation_that_judges_best(array: Ar
 
 
 def test_patience_ends_a_training_that_gets_no_better(array: Array) -> None:
-    state = fit(array, epochs=400, lr=0.05, patience=2).state
+    told: list[tuple[str, int, int]] = []
+    job = job_of(array, epochs=400, lr=0.05, patience=2)
+    state = train(job, lambda *given: told.append(given)).state
     assert state.epoch < 400
+    # Progress ends at 100 %, with the rows that it took.
+    assert told[-2:] == [("train", 475 * state.epoch, 475 * total) for total in (400, state.epoch)]
     assert state.epoch - state.best == 2 * SMALL["eval_step"]
 
 
@@ -298,6 +307,23 @@ def test_more_epochs_than_shown_follow_in_an_order_of_their_own() -> None:
     assert np.array_equal(first, again)
     assert not np.array_equal(first, second)
     assert np.array_equal(np.sort(second), np.arange(1000))
+    ahead = list(_rqvae_rows.epoch_orders(1000, range(1, 4), seed=0))
+    assert len(ahead) == 3
+    assert all(np.array_equal(order, _rqvae_rows.epoch_order(1000, 1 + i, seed=0)) for i, order in enumerate(ahead))
+
+
+def test_the_next_order_is_drawn_while_an_epoch_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = threading.Event()
+    epoch_order = _rqvae_rows.epoch_order
+
+    def watched(rows: int, epoch: int, *, seed: int) -> Any:
+        if epoch == 1:
+            drawn.set()
+        return epoch_order(rows, epoch, seed=seed)
+
+    monkeypatch.setattr(_rqvae_rows, "epoch_order", watched)
+    next(_rqvae_rows.epoch_orders(10, range(2), seed=0))
+    assert drawn.wait(30)
 
 
 # First weights and last losses of small trainings, by version. A difference means that networks trained before are no
@@ -318,3 +344,33 @@ def test_the_version_is_raised_when_trained_networks_change(which: int, array: A
     assert bool(sum(trained.state.revived)) == (which == 1)
     found = [*(float(value) for value in tensors["encoder_weight_1"][0, :3]), *evidence["losses"][-1]]
     np.testing.assert_allclose(found, STORED[Rqvae.version][which], rtol=2e-3, err_msg="raise Rqvae.version")
+
+
+# The same of the decoder, and Rqvae.decoder_version: its first weights, and its loss. One fit ends with its epochs, one
+# with its steps.
+WATCHED_DECODERS: list[dict[str, Any]] = [{"epochs": 30}, {"epochs": 30, "batch_size": 1}]
+STORED_DECODERS: dict[int, list[list[float]]] = {
+    1: [[-0.222253, -0.37859, -0.05683, 0.830642], [-0.160892, -0.309205, 0.000755, 0.667171]],
+}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_version_is_raised_when_fitted_decoders_change(which: int, array: Array) -> None:
+    """The network is drawn, not trained: what changes training leaves the decoder's version as it is."""
+    rng = np.random.default_rng(5)
+    shapes = {"decoder_weight_1": (6, 12), "decoder_bias_1": (12,), "decoder_weight_2": (12, 10), "mean": (10,)}
+    network = {name: (0.3 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+    network |= {"decoder_bias_2": np.zeros(10, np.float32), "scale": np.array(0.8, np.float32)}
+    books = tuple(rng.normal(size=(size, 6)).astype(np.float32) for size in SIZES)
+    codebooks = ResidualCodebooks(books, tuple(np.zeros(size, np.float32) for size in SIZES))
+    codes = np.stack([rng.integers(0, size, 500) for size in SIZES], axis=1).astype(np.uint8)
+    settings = RqvaeSettings(**SMALL | WATCHED_DECODERS[which])
+    data = TrainingData(array, np.arange(0, 500, 3))
+    taken: list[tuple[int, int]] = []
+    tensors, loss = fit_decoder(
+        DecoderJob(network, codebooks, codes, data, settings, 2), lambda *done: taken.append(done)
+    )
+    assert taken[-1] == ((40, 40), (2000, 2000))[which]
+    found = [*(float(value) for value in tensors["decoder_weight_1"][0, :3]), loss]
+    stored = STORED_DECODERS[Rqvae.decoder_version][which]
+    np.testing.assert_allclose(found, stored, rtol=2e-3, atol=2e-4, err_msg="raise Rqvae.decoder_version")

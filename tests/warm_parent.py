@@ -29,7 +29,7 @@ from semids import calibration, cli, fingerprints, reporting, stages, store
 from semids.embedders.transformer import TransformerEmbedder
 from semids.metrics import measure_ids
 from semids.plots import plot_report
-from semids.quantizers import _rqvae_train
+from semids.quantizers import _rqvae_decoder, _rqvae_state, _rqvae_train
 from tests import small_runs, tiny_models
 
 STEPS = (
@@ -39,6 +39,7 @@ STEPS = (
     (Path, "symlink_to"),
     (Path, "replace"),
     (_rqvae_train._Trainer, "_take_step"),
+    (_rqvae_decoder._DecoderFit, "take_step"),
 )
 
 
@@ -129,13 +130,15 @@ def obey(orders: dict[str, Any]) -> int:
 
 def save_every(steps: int) -> None:
     """Let the training of an RQ-VAE save its state after so many steps, whatever time they took."""
+    passed = 0
 
-    def save_now_and_then(trainer: Any) -> None:
-        state = trainer.state
-        if (state.epoch * trainer.steps + state.step) % steps == 0:
-            trainer.save()
+    def save_now_and_then(checkpoints: Any, training: Any) -> None:
+        nonlocal passed
+        passed += 1
+        if passed % steps == 0:
+            checkpoints.save(training)
 
-    _rqvae_train._Trainer._save_now_and_then = save_now_and_then  # type: ignore[method-assign]
+    _rqvae_state.Checkpoints.save_now_and_then = save_now_and_then  # type: ignore[method-assign]
 
 
 def fork(work: Callable[[], int], said: Path) -> int:

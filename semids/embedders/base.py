@@ -70,6 +70,11 @@ class Embedder(ABC):
     def memory_bytes(self) -> int:
         """The most memory that embedding takes, its libraries included and its vectors not, without loading it."""
 
+    @property
+    def device_bytes(self) -> int:
+        """The most memory of a CUDA device that embedding takes where there is one; 0 for a member that uses none."""
+        return 0
+
     @abstractmethod
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> NDArray[np.float32]:
         """Return (len(texts), d) float32 rows of unit norm, in the order of the texts. Only after `load`."""

@@ -18,6 +18,7 @@ from semids.embedders.base import Embedder, EmbedderSettings
 from semids.errors import DataError, UsageError
 from semids.progress import Progress, silent
 from semids.settings import OptionalText
+from semids.work import DEVICE_BYTES
 
 DEFAULT_MAX_TOKENS = 512
 """Where the checkpoint names no limit: most item texts are shorter, and attention costs its square."""
@@ -155,12 +156,25 @@ class TransformerEmbedder(Embedder):
     @property
     def memory_bytes(self) -> int:
         """The libraries, the weights as they are computed with, and the states of a batch."""
+        return LIBRARY_BYTES + self._network_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """The weights as they are computed with, the states of a batch, and what PyTorch needs for products.
+
+        States are counted as six of the hidden size and two of the intermediate size a token of the padded batch.
+        Attention is counted as needing no matrix of tokens by tokens, which PyTorch's fused kernels do without.
+        """
+        return DEVICE_BYTES + self._network_bytes
+
+    @property
+    def _network_bytes(self) -> int:
         checkpoint = self._checkpoint
         width = 2 if self._dtype == "bfloat16" else 4
         weights = checkpoint.weight_bytes * width // (2 if checkpoint.stored_dtype in ("bfloat16", "float16") else 4)
         hidden = checkpoint.hidden_size or 0
         states = 6 * hidden + 2 * (checkpoint.intermediate_size or 4 * hidden)
-        return LIBRARY_BYTES + weights + width * states * self.settings.batch_tokens
+        return weights + width * states * self.settings.batch_tokens
 
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> NDArray[np.float32]:
         """Return (len(texts), d) float32 rows of unit norm, in the order of the texts. Only after `load`.

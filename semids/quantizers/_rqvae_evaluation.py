@@ -67,7 +67,7 @@ def evaluate(model: RqvaeModel, vectors: ShardedArray, rows: NDArray[np.int64], 
 
 def _agreement(model: RqvaeModel, batch: Tensor) -> float:
     """Return how many rows of a batch get the same codes in training as under the mapping nearest."""
-    if not any(model.sk_epsilons):
+    if not any(model.objective.sk_epsilons):
         return float(len(batch))
     latents = model.encode(batch)
     nearest, residuals = model.nearest(latents), latents

@@ -40,6 +40,23 @@ class StepLosses:
     codes: Tensor
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a training step assigns rows by and minimises, besides the reconstruction loss.
+
+    Args:
+        sk_epsilons: smoothing of each level's Sinkhorn assignment; 0 is the nearest codeword.
+        sk_iters: its iterations.
+        beta: weight of the commitment loss.
+        quant_loss_weight: weight of the quantization loss beside the reconstruction loss.
+    """
+
+    sk_epsilons: tuple[float, ...]
+    sk_iters: int
+    beta: float
+    quant_loss_weight: float
+
+
 class RqvaeModel(nn.Module):
     """Encoder, codebooks and decoder.
 
@@ -49,24 +66,14 @@ class RqvaeModel(nn.Module):
     Args:
         widths: of the vectors, the hidden layers and the latent space.
         sizes: codebook sizes.
-        sk_epsilons: smoothing of each level's Sinkhorn assignment; 0 is the nearest codeword.
-        beta: weight of the commitment loss.
-        quant_loss_weight: weight of the quantization loss beside the reconstruction loss.
+        generator: draws the first weights.
     """
 
     mean: Tensor
     scale: Tensor
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        sizes: Sequence[int],
-        *,
-        sk_epsilons: Sequence[float],
-        sk_iters: int,
-        beta: float,
-        quant_loss_weight: float,
-        generator: torch.Generator,
+        self, widths: Sequence[int], sizes: Sequence[int], objective: Objective, *, generator: torch.Generator
     ) -> None:
         super().__init__()
         self.encoder = make_layers(widths, generator)
@@ -76,10 +83,7 @@ class RqvaeModel(nn.Module):
         )
         self.register_buffer("mean", torch.zeros(widths[0]))
         self.register_buffer("scale", torch.ones(()))
-        self.sk_epsilons = tuple(sk_epsilons)
-        self.sk_iters = sk_iters
-        self.beta = beta
-        self.quant_loss_weight = quant_loss_weight
+        self.objective = objective
         self.ranks = Ranks()
 
     def standardize(self, rows: Tensor) -> Tensor:
@@ -123,14 +127,14 @@ class RqvaeModel(nn.Module):
             fit = (chosen - residuals.detach()).square().sum()
             # Later levels' is the same number, without the part that has no gradient.
             commitment = (chosen.detach() - residuals).square().sum() if level == 0 else fit.detach()
-            quantization = quantization + fit + self.beta * commitment
+            quantization = quantization + fit + self.objective.beta * commitment
             rounded = rounded + chosen.detach()
             residuals = (residuals - chosen).detach()
         # The value of the codewords, and the gradient of the latents.
         decoded = self.decoder(latents + (rounded - latents).detach())
         reconstruction = mse_loss(decoded, standard, reduction="sum") / (whole * rows.shape[1])
         quantization = quantization / (whole * latents.shape[1] * len(self.codebooks))
-        total = reconstruction + self.quant_loss_weight * quantization
+        total = reconstruction + self.objective.quant_loss_weight * quantization
         return StepLosses(total, reconstruction.detach(), quantization.detach(), torch.stack(codes, dim=1))
 
     @torch.no_grad()
@@ -140,11 +144,11 @@ class RqvaeModel(nn.Module):
         Args:
             alone: True where other ranks do not take part.
         """
-        epsilon = self.sk_epsilons[level]
+        epsilon = self.objective.sk_epsilons[level]
         distances = squared_distances(residuals, self.codebooks[level])
         if epsilon <= 0:
             return distances.argmin(dim=1)
-        return sinkhorn_codes(distances, epsilon, self.sk_iters, Ranks() if alone else self.ranks)
+        return sinkhorn_codes(distances, epsilon, self.objective.sk_iters, Ranks() if alone else self.ranks)
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:

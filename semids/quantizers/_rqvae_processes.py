@@ -25,7 +25,8 @@ from safetensors.numpy import load_file, save_file
 from semids.errors import DataError, ProcessError, SemidsError
 from semids.parallel import thread_count
 from semids.quantizers._ranks import Ranks
-from semids.quantizers._rqvae_train import Job, Told, freeze_training, train
+from semids.quantizers._rqvae_outcome import freeze_training
+from semids.quantizers._rqvae_train import Job, Told, train
 from semids.quantizers.base import Tensors
 from semids.quantizers.rqvae import RqvaeSettings
 from semids.shards import ShardedArray, ShardLayout

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from semids.quantizers._rqvae_model import RqvaeModel, StepLosses
+from semids.quantizers._rqvae_model import Objective, RqvaeModel, StepLosses
 
 if TYPE_CHECKING:
     from semids.quantizers.rqvae import RqvaeSettings
@@ -26,10 +26,9 @@ def make_model(sizes: Sequence[int], settings: RqvaeSettings, dimensions: int, *
     return RqvaeModel(
         (dimensions, *settings.layers, settings.e_dim),
         sizes,
-        sk_epsilons=settings.sk_epsilons or (0.0,) * len(sizes),
-        sk_iters=settings.sk_iters,
-        beta=settings.beta,
-        quant_loss_weight=settings.quant_loss_weight,
+        Objective(
+            settings.sk_epsilons or (0.0,) * len(sizes), settings.sk_iters, settings.beta, settings.quant_loss_weight
+        ),
         generator=torch.Generator().manual_seed(seed),
     )
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,28 +18,24 @@ from semids.errors import DataError
 from semids.kmeans import Lloyd, fit_codebook, sample_rows, training_budget
 from semids.quantizers._ranks import Ranks
 from semids.quantizers._rqvae_evaluation import EVALUATION_ROWS, evaluate, rank_of
-from semids.quantizers._rqvae_model import RqvaeModel, decoder_tensors, layer_tensors, squared_distances
+from semids.quantizers._rqvae_model import squared_distances
+from semids.quantizers._rqvae_outcome import Trained
 from semids.quantizers._rqvae_rows import (
     RowSource,
     StreamedRows,
     batch_places,
-    epoch_order,
+    epoch_orders,
     hold_out,
     open_rows,
     read_ahead,
 )
 from semids.quantizers._rqvae_state import Checkpoints, Training, TrainingState
 from semids.quantizers._rqvae_steps import make_model, make_optimizer, rate_of, reset_moments, update
-from semids.quantizers.base import Tensors
 from semids.shards import ShardedArray
 
 if TYPE_CHECKING:
     from semids.quantizers.rqvae import RqvaeSettings
 
-CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints: what a kill costs at most, besides the step under way."""
-CHECKPOINT_SHARE = 0.02
-"""Part of the time that checkpoints may take: large networks are saved less often."""
 REVIVAL_ROWS = 4096
 """Rows among which dead codewords find a new place, at least one a codeword."""
 
@@ -67,16 +62,6 @@ class Job:
     folder: Path | None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The best weights of a training, and how it went."""
-
-    model: RqvaeModel
-    state: TrainingState
-    rows: int
-    held_out: int
-
-
 def train(job: Job, told: Told, *, ranks: Ranks = Ranks(), device: torch.device | None = None) -> Trained:  # noqa: B008
     """Train an RQ-VAE, or go on where a killed training's last checkpoint is.
 
@@ -96,6 +81,10 @@ def train(job: Job, told: Told, *, ranks: Ranks = Ranks(), device: torch.device 
     while not trainer.is_finished():
         trainer.run_epoch()
     trainer.save()
+    if trainer.state.epoch < job.settings.epochs:
+        # Patience ended it: these rows were all.
+        rows = trainer.state.epoch * len(trainer.trained)
+        told("train", rows, rows)
     return trainer.outcome()
 
 
@@ -113,9 +102,8 @@ class _Trainer:
             TrainingState(revived=[0] * len(job.sizes)),
             [torch.zeros(size, dtype=torch.int64, device=device) for size in job.sizes],
         )
+        # All ranks go on from what one of them writes.
         self.checkpoints = Checkpoints(job.folder)
-        self.saved = time.monotonic()
-        self.pause = CHECKPOINT_SECONDS
 
     @property
     def state(self) -> TrainingState:
@@ -127,6 +115,8 @@ class _Trainer:
             if self.ranks.rank == 0:
                 self._standardize()
             self._agree()
+        epochs = range(self.state.epoch, self.job.settings.epochs)
+        self.orders = epoch_orders(len(self.trained), epochs, seed=self.job.seed)
         self.rows: RowSource = open_rows(self.job.vectors, self.trained, self.device)
         self.step_model: nn.Module = self.training.model
         if self.ranks.world > 1:
@@ -192,7 +182,7 @@ class _Trainer:
         p, state = self.job.settings, self.state
         if p.kmeans_init and (state.epoch, state.step) == (p.warmup_epochs, 0):
             self._start_codebooks()
-        order = epoch_order(len(self.trained), state.epoch, seed=self.job.seed)
+        order = next(self.orders)
         places = batch_places(order, p.batch_size, start=state.step, ranks=self.ranks)
         for rows in read_ahead(self.rows.read, places, self.device):
             self._take_step(rows, min(p.batch_size, len(order) - state.step * p.batch_size), order)
@@ -286,43 +276,15 @@ class _Trainer:
             state.worse += 1
 
     def _save_now_and_then(self) -> None:
-        if time.monotonic() - self.saved >= self.pause:
-            self.save()
+        if self.ranks.rank == 0:
+            self.checkpoints.save_now_and_then(self.training)
 
     def save(self) -> None:
         """Commit a checkpoint, as the one rank that writes."""
         if self.ranks.rank == 0:
-            started = time.monotonic()
             self.checkpoints.save(self.training)
-            self.saved = time.monotonic()
-            self.pause = max(CHECKPOINT_SECONDS, (self.saved - started) / CHECKPOINT_SHARE)
 
     def outcome(self) -> Trained:
         """Return the best weights."""
         self.training.model.load_state_dict(self.training.best_weights)
         return Trained(self.training.model, self.state, len(self.trained), len(self.held_out))
-
-
-def freeze_training(trained: Trained) -> tuple[Tensors, dict[str, Any]]:
-    """Return a network's tensors and, as JSON, how its training went.
-
-    The tensors are `encoder_weight_i` (d_in, d_out) and `encoder_bias_i` of its layers i from 1, those of the decoder,
-    `codebook_l` (K_l, e_dim), and the `mean` (d,) and `scale` () of rows, which are part of the outermost layers
-    already; float32.
-    """
-    model, state = trained.model.cpu().double(), trained.state
-    tensors = layer_tensors("encoder", model.encoder) | decoder_tensors(model.decoder, model.mean, model.scale)
-    tensors["encoder_weight_1"] = tensors["encoder_weight_1"] * model.scale
-    tensors["encoder_bias_1"] = tensors["encoder_bias_1"] - model.mean @ tensors["encoder_weight_1"]
-    tensors |= {"mean": model.mean, "scale": model.scale}
-    tensors |= {f"codebook_{level}": book.detach() for level, book in enumerate(model.codebooks, start=1)}
-    evidence = {
-        "rows": trained.rows,
-        "held_out": trained.held_out,
-        "epochs": state.epoch,
-        "best_epoch": state.best,
-        "revived": state.revived,
-        "losses": state.losses,
-        "evaluations": state.evaluations,
-    }
-    return {name: np.ascontiguousarray(value.numpy(), dtype=np.float32) for name, value in tensors.items()}, evidence

@@ -12,6 +12,7 @@ from semids.calibration import draw_rows, reading, taking, writing
 from semids.kmeans import training_budget
 from semids.network import CHUNK_ROWS, Network
 from semids.parallel import thread_count
+from semids.quantizers._rqvae_memory import decoder_device_bytes, training_device_bytes
 from semids.quantizers._work import HEADER_BYTES, codebook_bytes, encoding_work, fitting
 from semids.shards import SHARD_ROWS
 from semids.work import Counts, Probe, Work
@@ -90,14 +91,16 @@ def network_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
         rows = min(training_budget(size, settings.e_dim), counts.training)
         lloyd = sizes.count(size) * settings.kmeans_iters * rows * size
         work += Work({fitting(size, settings.e_dim): lloyd}, memory=8 * rows * settings.e_dim)
-    # Contents of the training split, those of them that are trained on, and their order, in every process.
-    orders = settings.processes * 20 * counts.training
+    # Contents of the training split, those of them that are trained on, and two orders of them, in every process.
+    orders = settings.processes * 24 * counts.training
     # Rows on their way, as they are and standardised; what layers make of them, and its gradients; scores.
     held = batch * (4 * counts.itemsize * d + 12 * d + 12 * 3 * sum(widths) + 12 * max(sizes))
     weights = COPIES * 4 * (2 * weight_count(widths) + sum(sizes) * settings.e_dim)
     return work + Work(
         memory=LIBRARY_BYTES + max(work.memory, held) + weights + orders,
         disk=network_bytes(settings, d) + codebook_bytes(sizes, settings.e_dim),
+        device_memory=training_device_bytes(sizes, settings, counts),
+        device_rows=counts.training * d * counts.itemsize,
     )
 
 
@@ -127,7 +130,13 @@ def decoder_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
     }
     held = batch * (4 * counts.itemsize * d + 12 * d + 18 * sum(widths)) + COPIES * 4 * weight_count(widths)
     codes = counts.contents * len(sizes) * 2
-    return Work(units, LIBRARY_BYTES + held + codes + 16 * counts.training, network_bytes(settings, d) // 2)
+    return Work(
+        units,
+        memory=LIBRARY_BYTES + held + codes + 16 * counts.training,
+        disk=network_bytes(settings, d) // 2,
+        device_memory=decoder_device_bytes(settings, counts),
+        device_rows=counts.training * d * counts.itemsize,
+    )
 
 
 def coding_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts, *, known: bool) -> Work:

@@ -8,18 +8,14 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype, format_shape
+from semids.arrays import Codes, format_shape
 from semids.errors import UsageError
-from semids.free_ids import find_free_ids
-from semids.network import CHUNK_ROWS, Network
-from semids.parallel import in_order
-from semids.prefixes import Take
 from semids.progress import Progress
 from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors
 from semids.quantizers._codebooks import level_tensors, read_codebooks
+from semids.quantizers._rqvae_frozen import FrozenRqvae, read_network
 from semids.quantizers._rqvae_work import LIBRARY_BYTES, coding_work, decoder_work, latent_work, network_work
 from semids.quantizers._uniform import uniform_steps
 from semids.quantizers.base import (
@@ -32,12 +28,8 @@ from semids.quantizers.base import (
     TrainingData,
     TrainingStep,
 )
-from semids.residual import ResidualCodebooks
-from semids.shards import ShardedArray
 from semids.work import Counts, Work
 
-PART_ROWS = 8 * CHUNK_ROWS
-"""Rows that a thread encodes or decodes in one go."""
 LEAST_EPSILON = 1e-4
 """Smallest smoothing: below, float32 tells no codewords apart but the nearest."""
 NETWORK, LATENT, DECODER = "network", "latent", "decoder"
@@ -122,7 +114,9 @@ class Rqvae(Quantizer):
     settings_type: ClassVar[type[QuantizerSettings]] = RqvaeSettings
     mappings: ClassVar[tuple[MappingName, ...]] = ("nearest", "uniform", "capacity")
     version: ClassVar[int] = 1
-    """Raised when the same configuration trains another network: it takes hours, which no comment is to cost."""
+    """Raised when the same configuration trains another network: it takes hours, which no changed line is to cost."""
+    decoder_version: ClassVar[int] = 1
+    """The same of the decoder that is fitted to another mapping's codes."""
     settings: RqvaeSettings
 
     @classmethod
@@ -168,6 +162,7 @@ class Rqvae(Quantizer):
             run=_fit_decoder,
             work=partial(decoder_work, self.sizes, self.settings),
             needs=(NETWORK, LATENT, *(step.name for step in steps)),
+            version=self.decoder_version,
         )
         return [network, latent, *(self._in_latent_space(step) for step in steps), decoder]
 
@@ -193,9 +188,7 @@ class Rqvae(Quantizer):
     @staticmethod
     def freeze(tensors: Tensors) -> FrozenQuantizer:
         """Return the networks and codebooks as a quantizer."""
-        return FrozenRqvae(
-            _read_network(tensors, "encoder"), read_codebooks(tensors), _read_network(tensors, "decoder")
-        )
+        return FrozenRqvae(read_network(tensors, "encoder"), read_codebooks(tensors), read_network(tensors, "decoder"))
 
 
 def _latent_work_of(step: TrainingStep, e_dim: int, counts: Counts) -> Work:
@@ -203,82 +196,14 @@ def _latent_work_of(step: TrainingStep, e_dim: int, counts: Counts) -> Work:
     return replace(work, memory=work.memory + LIBRARY_BYTES)
 
 
-class FrozenRqvae(FrozenQuantizer):
-    """An encoder, codebooks in its latent space, and a decoder.
-
-    Args:
-        encoder: from vectors to latent vectors.
-        codebooks: with potentials and prices in squared units of the latent space.
-        decoder: from latent vectors to vectors.
-    """
-
-    def __init__(self, encoder: Network, codebooks: ResidualCodebooks, decoder: Network) -> None:
-        self.encoder, self.codebooks, self.decoder = encoder, codebooks, decoder
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Codebook size of each level."""
-        return self.codebooks.sizes
-
-    @property
-    def dimensions(self) -> int:
-        """Width d of the vectors."""
-        return self.encoder.dimensions[0]
-
-    def encode(self, vectors: Vectors) -> Codes:
-        """Return the (n, L) codes of (n, d) vectors."""
-        check_vectors(vectors, dimensions=self.dimensions)
-        codes = np.empty((len(vectors), len(self.sizes)), dtype=code_dtype(self.sizes))
-        parts = [slice(start, start + PART_ROWS) for start in range(0, len(vectors), PART_ROWS)]
-
-        def encode_part(part: slice) -> Codes:
-            return self.codebooks.assign(self.encoder.apply(vectors[part]))
-
-        for part, found in zip(parts, in_order(encode_part, parts), strict=True):
-            codes[part] = found
-        return codes
-
-    def encode_all(self, vectors: ShardedArray) -> Codes:
-        """Return the (D, L) codes of all vectors."""
-        codes = np.empty((vectors.layout.rows, len(self.sizes)), dtype=code_dtype(self.sizes))
-        for start, chunk in vectors.chunks(vectors.layout.shard_rows):
-            codes[start : start + len(chunk)] = self.encode(chunk)
-        return codes
-
-    def decode(self, codes: Codes, *, depth: int | None = None) -> NDArray[np.float32]:
-        """Return (n, d) float32 reconstructions in input space from the first `depth` levels (default all)."""
-        return self.decoder.apply(self.codebooks.decode(codes, depth=depth))
-
-    def squared_errors(self, vectors: Vectors, codes: Codes) -> NDArray[np.float32]:
-        """Return the (n, L) squared distances of vectors to their reconstructions, by depth, in input space."""
-        check_codes(codes, self.sizes)
-        errors = np.empty(codes.shape, dtype=np.float32)
-        parts = [slice(start, start + CHUNK_ROWS) for start in range(0, len(vectors), CHUNK_ROWS)]
-
-        def measure(part: slice) -> NDArray[np.float32]:
-            here = np.empty((len(vectors[part]), len(self.sizes)), np.float32)
-            for depth in range(1, len(self.sizes) + 1):
-                apart = self.decode(codes[part], depth=depth)
-                apart -= vectors[part]
-                here[:, depth - 1] = np.einsum("nd,nd->n", apart, apart)
-            return here
-
-        for part, found in zip(parts, in_order(measure, parts), strict=True):
-            errors[part] = found
-        return errors
-
-    def find_free_ids(self, take: Take, given: Codes, *, rows: int) -> Codes:
-        """Return the codes of rows, each its own and none among the given."""
-        return find_free_ids(lambda some: self.encoder.apply(take(some)), self.codebooks, given, rows=rows)
-
-
 def _train_network(
     quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
 ) -> StepOutcome:
     """Train in this process, or in several."""
     # Imported here: PyTorch takes seconds, which runs that find everything made save.
+    from semids.quantizers._rqvae_outcome import freeze_training
     from semids.quantizers._rqvae_processes import train_together
-    from semids.quantizers._rqvae_train import Job, freeze_training, train
+    from semids.quantizers._rqvae_train import Job, train
 
     job = Job(
         sizes=quantizer.sizes,
@@ -302,30 +227,23 @@ def _open_latent_space(
 ) -> StepOutcome:
     network = needed[NETWORK]
     codebooks = {name: value for name, value in network.items() if name.startswith("codebook_")}
-    return StepOutcome(codebooks, encoder=_read_network(network, "encoder"))
+    return StepOutcome(codebooks, encoder=read_network(network, "encoder"))
 
 
 def _fit_decoder(
     quantizer: Any, step: TrainingStep, data: TrainingData, needed: Mapping[str, Tensors], progress: Progress
 ) -> StepOutcome:
     """Fit the decoder that was trained under the mapping nearest to the codes of another."""
-    from semids.quantizers._rqvae_decoder import fit_decoder
+    from semids.quantizers._rqvae_decoder import DecoderJob, fit_decoder
 
     codebooks = read_codebooks(_mapped_codebooks(quantizer.mapping, quantizer.sizes, needed))
     if quantizer.mapping == "capacity":
         codes = bounded_codes(needed)
     else:
-        encoder, decoder = _read_network(needed[NETWORK], "encoder"), _read_network(needed[NETWORK], "decoder")
+        encoder, decoder = read_network(needed[NETWORK], "encoder"), read_network(needed[NETWORK], "decoder")
         codes = FrozenRqvae(encoder, codebooks, decoder).encode_all(data.vectors)
-    tensors, loss = fit_decoder(
-        needed[NETWORK],
-        codebooks,
-        codes,
-        data,
-        quantizer.settings,
-        seed=quantizer.seed,
-        done=lambda taken, steps: progress(step.title, taken, steps, "steps"),
-    )
+    job = DecoderJob(needed[NETWORK], codebooks, codes, data, quantizer.settings, quantizer.seed)
+    tensors, loss = fit_decoder(job, lambda taken, steps: progress(step.title, taken, steps, "steps"))
     return StepOutcome(tensors, {"rows": len(data.rows), "loss": loss})
 
 
@@ -340,11 +258,3 @@ def _mapped_codebooks(mapping: MappingName, sizes: Sequence[int], outcomes: Mapp
         tensors[f"codebook_{level}"] = outcomes[NETWORK][f"codebook_{level}"]
         tensors[f"potentials_{level}"] = np.zeros(size, np.float32)
     return tensors
-
-
-def _read_network(tensors: Tensors, name: str) -> Network:
-    layers = range(1, len([key for key in tensors if key.startswith(f"{name}_weight_")]) + 1)
-    return Network(
-        tuple(tensors[f"{name}_weight_{layer}"] for layer in layers),
-        tuple(tensors[f"{name}_bias_{layer}"] for layer in layers),
-    )

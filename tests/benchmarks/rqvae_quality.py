@@ -24,8 +24,8 @@ from semids.cli import main as semids
 from semids.metrics import measure_ids
 from semids.pipeline import multiplicities, read_quantizer
 from semids.prefixes import assign_level, nearest_quantizer
+from semids.quantizers._rqvae_frozen import FrozenRqvae
 from semids.quantizers.base import MAPPINGS
-from semids.quantizers.rqvae import FrozenRqvae
 from semids.results import published_reports
 from semids.stages import StageReader, reference
 from tests.benchmarks.measure import circumstances, record_path
