@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ UNNAMED = ""
 """Stands for the statements of a module that define no name."""
 
 # CPython 3.11 counts the recursion of its parser in one place for all threads (a sweep's cells are threads), and
-# now and then fails with "AST constructor recursion depth mismatch".
+# now and then fails with "AST constructor recursion depth mismatch". The lock keeps this module's threads apart; where
+# another library's thread parses meanwhile, trying again does.
 _parsing = threading.Lock()
+PARSER_TRIES = 10
 
 
 def code_digest(*functions: Callable[..., Any]) -> dict[str, str]:
@@ -106,12 +109,21 @@ def _resolve(module: str, name: str) -> tuple[str, str]:
     return module, name
 
 
+def _parse(text: str) -> ast.Module:
+    for _ in range(PARSER_TRIES - 1):
+        try:
+            return ast.parse(text)
+        except SystemError:
+            time.sleep(0.01)
+    return ast.parse(text)
+
+
 @functools.cache
 def _source(module: str) -> _Source:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise AssertionError(f"module {module} has no source file")
-    tree = _Bare().visit(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    tree = _Bare().visit(_parse(Path(spec.origin).read_text(encoding="utf-8")))
     imports: dict[str, tuple[str, str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 SHARDS = 2
 ROWS = 70_000
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 400
 MAPPINGS = ["nearest", "capacity"]
 
 
