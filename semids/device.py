@@ -5,21 +5,19 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, Vectors
+from semids.memory import DRIVERS
 
 if TYPE_CHECKING:
     import torch
 
     from semids.residual import ResidualCodebooks
 
-DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
-"""What the system offers where a CUDA device can be: on Linux, and on Linux within Windows."""
 DEVICE_SCORE_BYTES = 256 << 20
 """Largest scores, rows × codewords × paths, of a chunk on the device."""
 AT_A_TIME = 4
@@ -32,7 +30,7 @@ def accelerator() -> torch.device | None:
 
     CUDA_VISIBLE_DEVICES chooses the device; set to nothing, there is none.
     """
-    if not any(Path(driver).exists() for driver in DRIVERS):
+    if not any(driver.exists() for driver in DRIVERS):
         return None  # PyTorch takes seconds to import, which much of the package does without.
     import torch
 

@@ -370,7 +370,7 @@ def test_new_items_are_encoded_by_a_model_trained_on_adopted_vectors(project: Pr
 
 
 def test_a_parser_that_another_thread_disturbed_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guard: the tries of `fingerprints._parse`. Of a thousand parses beside others', CPython 3.11 spoils about three."""
+    """Guard: the tries of `fingerprints._parse`. CPython 3.11 spoils three of a thousand parses beside others."""
     parse, failures = ast.parse, iter(range(3))
 
     def parse_sometimes(text: str) -> ast.Module:
