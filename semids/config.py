@@ -261,7 +261,7 @@ class SweepConfig(CommonConfig):
             "shape": self.shapes,
             "mapping": self.mappings,
             "quantizer": self.quantizers,
-            "limit": self.max_contents_per_id,
+            "limit": self.max_contents_per_id if "capacity" in self.mappings else [],
         }
         counts = [
             f"{len(values)} {name}{'s' * (len(values) > 1)}"

@@ -33,7 +33,8 @@ def digest_of_item(digest: bytes, identifier: Any) -> bytes:
 
     Half of them are the content's: equal contents stay side by side where contents are sorted, and are embedded once.
     """
-    own = blake2b(repr(identifier).encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES // 2).digest()
+    # As text: a CSV file has no numbers, and the same ids may come as numbers from another format.
+    own = blake2b(str(identifier).encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES // 2).digest()
     return digest[: DIGEST_BYTES // 2] + own
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DEVICE_SCORE_BYTES = 256 << 20
 """Largest scores, rows × codewords × paths, of a chunk on the device."""
+STEP_BYTES = 4 * DEVICE_SCORE_BYTES
+"""Most that a Lloyd step holds on the device besides the rows."""
 AT_A_TIME = 4
 """Threads that use the device at a time: enough for one to copy while another computes; each holds a chunk there."""
 
@@ -55,7 +57,7 @@ class DeviceCodebooks:
     """
 
     def __init__(self, books: ResidualCodebooks, device: torch.device) -> None:
-        """Copy the codebooks, and what is computed from them alone, to the device."""
+        """Copy (K_l, d) codebooks, and what is computed from them alone, to the device as float32."""
         self.device, self.sizes, self.beam = device, books.sizes, books.beam
         self.codebooks = [upload(book, device) for book in books.codebooks]
         self.biases = [upload(bias, device) for bias in books.biases]

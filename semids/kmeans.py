@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Vectors
-from semids.device import DeviceLloyd, accelerator
+from semids.device import STEP_BYTES, DeviceLloyd, accelerator
 from semids.errors import UsageError
+from semids.memory import device_free_bytes
 
 ROWS_PER_CODEWORD = 1024
 """Training rows a codeword: 256, FAISS's habit, costs 2 % of error; more than 1,024 gains under 0.5 %."""
@@ -72,13 +73,16 @@ def fit_codebook(
     weights: NDArray[np.float32] | None = None,
     done: Callable[[int], None] = lambda steps: None,
 ) -> CodebookFit:
-    """Find `size` codewords that lie close to the rows (Lloyd 1982): by FAISS, or by PyTorch on a CUDA device.
+    """Find `size` codewords that lie close to the rows (Lloyd 1982): by FAISS, or on a CUDA device with room for them.
 
     Rows with at most `size` distinct values become the codebook themselves; the places left over repeat
     the first codeword, which no nearest-codeword search prefers to its first copy.
 
     Args:
         rows: (n, d) float32.
+        size: K, number of codewords.
+        lloyd: how many steps and starts.
+        seed: draws the rows that each start begins from, other ones on a CUDA device.
         weights: (n,) float32, how often each row counts; None is once.
         done: called with the number of Lloyd steps taken, of iterations × restarts in all.
 
@@ -92,6 +96,9 @@ def fit_codebook(
         codebook = np.concatenate([distinct, np.repeat(distinct[:1], size - len(distinct), axis=0)])
         return CodebookFit(codebook, 0.0, len(distinct))
     device = accelerator()
+    room = device_free_bytes()
+    if room is not None and rows.nbytes + STEP_BYTES > room:
+        device = None
     stepper = _FaissLloyd(rows, size, weights) if device is None else DeviceLloyd(rows, size, weights, device)
     least, codebook = np.inf, np.empty((0, rows.shape[1]), np.float32)
     for restart in range(lloyd.restarts):

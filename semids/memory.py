@@ -26,8 +26,8 @@ class PeakMemory:
     the room. Whatever else the process does meanwhile counts too. Where the system does not tell (macOS), the figure
     is the largest resident memory since the process began.
 
-    `device_bytes` is the most that PyTorch held meanwhile of the memory of this process's CUDA device; None where it
-    used none.
+    `device_bytes` is the most that PyTorch held meanwhile of the memory of this process's CUDA device, for whatever it
+    did there; None in a process that has used none.
     """
 
     def __init__(self) -> None:
@@ -67,9 +67,10 @@ def _cuda_in_use() -> Any:
 
 
 def device_free_bytes() -> int | None:
-    """Return the memory that this process may still take of its CUDA device, in bytes; None where there is none.
+    """Return the memory of its CUDA device that this process has or may take, in bytes; None where there is none.
 
-    What PyTorch holds for later counts as free. Asking makes the process one that uses the device, if there is one.
+    What PyTorch holds counts as free: it is for later, or is given back by the time that another stage has its turn on
+    the device. Asking makes the process one that uses the device, if there is one.
     """
     if not any(driver.exists() for driver in DRIVERS):
         return None
@@ -78,7 +79,7 @@ def device_free_bytes() -> int | None:
     if not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return free + torch.cuda.memory_reserved()
 
 
 def held_bytes() -> int:

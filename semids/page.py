@@ -304,7 +304,7 @@ def _timing_table(report: Report) -> str:
 
 
 PLAN_HEADINGS = ("predicted time", "took", "predicted memory", "peak", "predicted disk", "wrote")
-DEVICE_HEADINGS = ("predicted GPU memory", "peak")
+DEVICE_HEADINGS = ("predicted GPU memory", "peak GPU memory")
 
 
 def _plan_table(report: Report) -> str:

@@ -204,9 +204,9 @@ def _train(
     outcome = config.make_quantizer(count_contents(items)).run_step(step, data, tensors, output.progress)
     output.commit("tensors.safetensors", lambda path: save_file(outcome.tensors, path))
     if outcome.encoder is not None:
-        encoder, rows = outcome.encoder, space.layout.shard_rows
-        layout = ShardLayout(space.layout.rows, encoder.dimensions[1], "float32", rows)
-        output.write_shards("vectors", layout, lambda start, stop: encoder.apply(space.shard(start // rows)))
+        encoder, each = outcome.encoder, space.layout.shard_rows
+        layout = ShardLayout(space.layout.rows, encoder.dimensions[1], "float32", each)
+        output.write_shards("vectors", layout, lambda start, stop: encoder.apply(space.shard(start // each)))
     return outcome.evidence
 
 

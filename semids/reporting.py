@@ -153,11 +153,9 @@ def compare_stage(planned: Mapping[str, Any], manifest: Mapping[str, Any]) -> di
 
 
 def _compare_device(planned: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Return the same of the memory of a CUDA device; nothing of a stage that did not use one."""
-    taken = manifest["run"].get("peak_device_bytes")
-    if not taken:
-        return {}
-    return {"predicted_device_bytes": planned.get("device_memory", 0), "peak_device_bytes": taken}
+    """Return the same of the memory of a CUDA device; nothing of a stage that was not predicted to use one."""
+    taken, predicted = manifest["run"].get("peak_device_bytes"), planned.get("device_memory")
+    return {"predicted_device_bytes": predicted, "peak_device_bytes": taken} if taken and predicted else {}
 
 
 def _training_steps(model: Ref) -> list[Ref]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ SCORE_BYTES = 16 << 20
 """Largest scores, rows × codewords, of a chunk: those of usual shapes stay in the processor's cache."""
 PART_ROWS = 8 * CHUNK_ROWS
 """Rows that a thread encodes in one go, with the same arrays for all their chunks."""
+
+_copying = threading.Lock()
 
 
 def prefix_numbers(codes: NDArray[np.integer], sizes: Sequence[int]) -> NDArray[np.int64]:
@@ -117,9 +120,14 @@ class ResidualCodebooks:
                 products[level - 1, level] += biases[level]  # One addition a row less.
         object.__setattr__(self, "biases", biases)
 
-    @functools.cached_property
+    @property
     def _on_device(self) -> DeviceCodebooks | None:
-        """What does the arithmetic instead, where there is a device for it."""
+        """What does the arithmetic instead, where there is a device for it: one copy, whichever thread comes first."""
+        with _copying:
+            return self._device_copy
+
+    @functools.cached_property
+    def _device_copy(self) -> DeviceCodebooks | None:
         device = accelerator()
         return DeviceCodebooks(self, device) if device is not None else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import platform
@@ -256,7 +257,12 @@ def title_of(ref: Ref) -> str:
 
 def left_bytes(folder: Path, stage: Stage) -> int:
     """Return the size of what an interrupted run left of a stage."""
-    return sum(path.stat().st_size for path in _folder_of(folder, stage).glob("*") if path.is_file())
+    sizes = 0
+    for path in _folder_of(folder, stage).glob("*"):
+        # Another cell of a sweep may be making the stage, and its temporary files come and go.
+        with contextlib.suppress(FileNotFoundError):
+            sizes += path.stat().st_size if path.is_file() else 0
+    return sizes
 
 
 def _folder_of(folder: Path, stage: Stage) -> Path:

@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from semids import encoding, pipeline, reporting, runs
 from semids.config import BuildConfig, CommonConfig, SweepConfig
+from semids.memory import DRIVERS
 from semids.plan import checking_runner
 from semids.remote import is_remote
 from semids.results import CellRefs
@@ -19,7 +20,7 @@ from tasks.stage import RETRY_DELAYS, is_worth_retrying, run_as_task
 
 AnyConfig = TypeVar("AnyConfig", bound=CommonConfig)
 
-GPU = ("gpu",) if Path("/dev/nvidiactl").exists() else ()
+GPU = ("gpu",) if any(driver.exists() for driver in DRIVERS) else ()
 """The tag of stages that use a GPU, where there is one: the limit on it must not make CPUs wait for one another."""
 
 
@@ -48,16 +49,19 @@ def scan_catalogue(config: CommonConfig) -> Ref:
 def make_vectors(config: BuildConfig | SweepConfig, items: Ref) -> Ref:
     """Embed every distinct text, or import the vectors that were given.
 
-    A shape that they cannot fill, and a run that has no room, is refused first.
+    A run that has no room is refused first, and so is a build whose shape they cannot fill; in a sweep such cells fail.
     """
     if isinstance(config, BuildConfig):
         pipeline.check_sizes(config, items)
     cells = config.cells() if isinstance(config, SweepConfig) else [config]
-    # 54M texts through an 8B model take days; a hung driver should still end.
-    run = checking_runner(
-        cells, lambda stage: _run(config, stage, hours=24 * 14, tag="embedding", gpu=True), made=[items]
-    )
-    return run(pipeline.make_vectors(config, items))
+    stage = pipeline.make_vectors(config, items)
+
+    def run(stage: Stage) -> Ref:
+        # 54M texts through an 8B model take days; a hung driver should still end.
+        return _run(config, stage, hours=24 * 14, tag="embedding", gpu=True)
+
+    # On a cluster, other machines than this one need the room.
+    return run(stage) if config.ray else checking_runner(cells, run, made=[items])(stage)
 
 
 def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:

@@ -11,6 +11,7 @@ import tiny_models
 from small_runs import published
 
 from semids.cli import main
+from semids.contents import digest_content, digest_of_item
 from semids.kmeans import Lloyd, fit_codebook
 from semids.prefixes import nearest_quantizer, refit_jointly, refit_last
 
@@ -100,6 +101,12 @@ def test_a_heavy_row_draws_its_codeword(vectors: np.ndarray) -> None:
     weights[17] = 1e4
     codebook = fit_codebook(rows, 8, Lloyd(10, 2), seed=0, weights=weights).codebook
     assert np.square(codebook - rows[17]).sum(axis=1).min() < 1e-3
+
+
+def test_an_item_s_own_content_is_the_same_whether_its_id_is_a_number_or_text() -> None:
+    digest = digest_content(b"a text")
+    assert digest_of_item(digest, 5) == digest_of_item(digest, "5") != digest_of_item(digest, 6)
+    assert digest_of_item(digest, 5)[:8] == digest[:8]
 
 
 @pytest.mark.parametrize("mapping", ["nearest", "uniform", "capacity"])

@@ -88,6 +88,7 @@ class FrozenRqvae(FrozenQuantizer):
 
 
 def read_network(tensors: Tensors, name: str) -> Network:
+    """Return the network among tensors: `NAME_weight_l` (d_in, d_out) and `NAME_bias_l` (d_out,) float32, l from 1."""
     layers = range(1, len([key for key in tensors if key.startswith(f"{name}_weight_")]) + 1)
     return Network(
         tuple(tensors[f"{name}_weight_{layer}"] for layer in layers),
