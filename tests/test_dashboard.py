@@ -12,7 +12,7 @@ import pytest
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the extra dev installs")
 import polars as pl  # noqa: E402
 from conftest import clustered_vectors  # noqa: E402
-from dashboard import CHROMIUM, VERSIONS, Dashboard, started_browser, started_dashboard  # noqa: E402
+from dashboard import CHROMIUM, PATIENCE_MS, VERSIONS, Dashboard, started_browser, started_dashboard  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,10 +60,11 @@ def test_a_sweep_is_started_from_the_form_watched_and_read(address: str, place: 
         folder = place / "runs" / version / "results" / f"items-{version}"
         rows = {row["cell"]: row for row in json.loads((folder / "comparison.json").read_text())}
         assert len(rows) == 9
-        shown = dashboard.text()
+        page = dashboard.page.locator("body")
         for name, row in rows.items():
-            assert name in shown
-            assert f"{row['collision_rate']:.4f}" in shown
+            # The page may show its parts one after the other.
+            playwright.expect(page).to_contain_text(name, timeout=PATIENCE_MS)
+            playwright.expect(page).to_contain_text(f"{row['collision_rate']:.4f}", timeout=PATIENCE_MS)
         assert_pictures(dashboard, 1)
         cell = f"{shape}-capacity-residual-kmeans"
         dashboard.follow(cell)

@@ -138,7 +138,7 @@ def test_what_a_device_gave_is_shown_beside_what_was_predicted() -> None:
     ids = measure_ids([np.array([[0, 1]])], None, sizes=(2, 2))
     report = Report("cell", SplitFigures(ids), planned=(without | {"stage": "Import"}, found))
     page = render_markdown(Report.from_json(report.to_json()), str)
-    assert "| predicted disk | wrote | predicted GPU memory | peak |" in page
+    assert "| predicted disk | wrote | predicted GPU memory | peak GPU memory |" in page
     assert "| 3.00 GiB | 2.00 GiB |" in page
     assert "GPU" not in render_markdown(replace(report, planned=(without,)), str)
 

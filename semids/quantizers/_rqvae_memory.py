@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from semids.device import STEP_BYTES
 from semids.kmeans import training_budget
 from semids.work import DEVICE_BYTES, Counts
 
@@ -53,9 +52,8 @@ def training_device_bytes(sizes: Sequence[int], settings: RqvaeSettings, counts:
     started = 0
     if settings.kmeans_init:
         sample = min(training_budget(max(sizes), d), rows) * settings.e_dim
-        # A Lloyd step holds its own copy of the sample, and costs with what is made of them.
-        lloyd = sample + min(4 * (sample // settings.e_dim) * max(sizes), STEP_BYTES // 4)
-        started = sample + max(lloyd, passed(part), part * (settings.e_dim + max(sizes)))
+        # What k-means holds is not counted: it takes the device where there is room, and the CPU where there is none.
+        started = sample + max(sample, passed(part), part * (settings.e_dim + max(sizes)))
     held = min(round(_rqvae_rows.HELD_OUT_SHARE * rows), _rqvae_rows.MOST_HELD_OUT) or rows
     judged = min(batch, held)
     judging = judged * d + min(judged, EVALUATION_ROWS) * max(5 * d, 2 * d + 2 * widest, max(sizes))
