@@ -25,6 +25,7 @@ INFRASTRUCTURE = frozenset(
         "memory",
         "parallel",
         "progress",
+        "quantizers._rqvae_memory",
         "settings",
         "shards",
         "stages",

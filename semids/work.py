@@ -19,8 +19,8 @@ MEASURED_BYTES = 1 << 30
 """Memory and disk that measuring takes at most."""
 DEVICE_BYTES = 64 << 20
 """Of a CUDA device's memory: what PyTorch sets aside for matrix products, some tens of MB by the kind of device."""
-RESIDENT_SHARE = 0.5
-"""Part of a device's free memory that rows may take; the rest is for the network, and for a batch on its way."""
+DEVICE_MARGIN = 1.25
+"""Rows stay on a device where, besides them, there is this much room for what is needed there anyway."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Work:
         memory: the most bytes it holds at a time, beyond what a process has that has done nothing yet.
         disk: bytes it leaves in the run folder.
         device_memory: bytes of a CUDA device's memory that it needs where there is such a device, rows left out.
-        device_rows: bytes of rows that it keeps there, too, where they take at most RESIDENT_SHARE of what is free.
+        device_rows: bytes of rows that it keeps there, too, where there is room; see `fits_device`.
     """
 
     units: Mapping[Probe, float] = field(default_factory=dict[Probe, float])
@@ -106,8 +106,13 @@ class Work:
 
     def device_bytes(self, free: int | None) -> int:
         """Return the memory that it takes of a CUDA device with so many bytes free; None stands for one of any size."""
-        resident = free is not None and self.device_rows <= RESIDENT_SHARE * free
+        resident = free is not None and fits_device(self.device_rows, self.device_memory, free)
         return self.device_memory + (self.device_rows if resident else 0)
+
+
+def fits_device(rows: int, needed: int, free: int) -> bool:
+    """Return whether rows of so many bytes fit into what is free of a device, besides what is needed there anyway."""
+    return rows + DEVICE_MARGIN * needed <= free
 
 
 class Machine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from semids.arrays import Codes
 from semids.quantizers._ranks import Ranks
-from semids.quantizers._rqvae_model import decoder_tensors, make_layers
+from semids.quantizers._rqvae_layers import SquaredError, make_layers, mixed_precision, standardize
+from semids.quantizers._rqvae_memory import decoder_device_bytes
+from semids.quantizers._rqvae_model import decoder_tensors
 from semids.quantizers._rqvae_rows import batch_places, epoch_order, open_rows, read_ahead
 from semids.quantizers._rqvae_state import Checkpoints, optimizer_tensors, part_tensors, restore_optimizer
 from semids.quantizers.base import Tensors, TrainingData
@@ -76,7 +78,8 @@ class _DecoderFit:
         p, rows = job.settings, job.data.rows
         self.decoder, self.mean, self.scale = _open_decoder(job.network, device)
         self.optimizer = torch.optim.AdamW(self.decoder.parameters(), lr=p.lr, weight_decay=p.weight_decay)
-        self.source = open_rows(job.data.vectors, rows, device)
+        needed = decoder_device_bytes(p, replace(job.data.vectors.layout, rows=len(rows)))
+        self.source = open_rows(job.data.vectors, rows, device, needed=needed)
         self.books = [torch.from_numpy(book).to(device) for book in job.codebooks.codebooks]
         self.per_epoch = -(-len(rows) // p.batch_size)
         self.steps = min(min(EPOCHS, p.epochs) * self.per_epoch, STEPS)
@@ -113,7 +116,10 @@ class _DecoderFit:
             self.losses = 0.0
         chosen = torch.from_numpy(self.job.codes[self.job.data.rows[place]].astype(np.int64)).to(self.device)
         latents = torch.stack([book[chosen[:, level]] for level, book in enumerate(self.books)]).sum(dim=0)
-        loss = (self.decoder(latents) - (rows - self.mean) * self.scale).square().mean()
+        with mixed_precision(self.device):
+            decoded = self.decoder(latents)
+        standard = standardize(rows, self.mean, self.scale)
+        loss: Tensor = SquaredError.apply(decoded, standard) / standard.numel()  # type: ignore[operator]
         # Falling to nothing: what the last steps see does not weigh more than what the others saw.
         self.optimizer.param_groups[0]["lr"] = self.job.settings.lr * (1 - self.taken / self.steps)
         self.optimizer.zero_grad(set_to_none=True)

@@ -36,7 +36,7 @@ def evaluate(model: RqvaeModel, vectors: ShardedArray, rows: NDArray[np.int64], 
     errors = squares = agreeing = 0.0
     sums = torch.zeros(model.mean.shape, dtype=torch.float64, device=device)
     dtype = code_dtype([len(book) for book in model.codebooks])
-    source = StreamedRows(vectors, rows)
+    source = StreamedRows(vectors, rows, device)
     places = np.arange(len(rows))
     batches = [places[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     for batch in read_ahead(source.read, batches, device):

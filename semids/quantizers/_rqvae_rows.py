@@ -13,13 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from semids.kmeans import sample_rows
+from semids.parallel import thread_count
 from semids.quantizers._ranks import Ranks
-from semids.shards import ShardedArray
-from semids.work import RESIDENT_SHARE
+from semids.shards import ShardedArray, ShardLayout
+from semids.work import fits_device
 
 HELD_OUT_SHARE = 0.05
 MOST_HELD_OUT = 1 << 18
 BATCHES_AHEAD = 2
+READERS = 8
+"""Threads that read rows for a CUDA device: one alone reads a fraction of what training there consumes."""
+READ_ROWS = 4096
+"""Rows that such a thread reads at a time."""
 
 
 def hold_out(rows: NDArray[np.int64], *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -65,53 +70,80 @@ class RowSource(Protocol):
 class StreamedRows:
     """Rows that are read from their files, whose pages the system keeps in memory as long as there is room.
 
+    For a CUDA device they are read by several threads, and copied there while it computes.
+
     Args:
         rows: (n,) the rows of the array that places stand for.
+        device: where they are wanted.
     """
 
-    def __init__(self, vectors: ShardedArray, rows: NDArray[np.int64]) -> None:
-        self._vectors, self._rows = vectors, rows
+    def __init__(self, vectors: ShardedArray, rows: NDArray[np.int64], device: torch.device) -> None:
+        self._vectors, self._rows, self._device = vectors, rows, device
+        if device.type == "cuda":
+            self._readers = ThreadPoolExecutor(min(READERS, thread_count()))
+            self._copies = torch.cuda.Stream(device)
 
     def read(self, places: NDArray[np.int64]) -> Tensor:
         """Return the rows as they are stored."""
-        return torch.from_numpy(self._vectors.take(self._rows[places]))
+        rows, layout = self._rows[places], self._vectors.layout
+        if self._device.type != "cuda":
+            return torch.from_numpy(self._vectors.take(rows))
+        # Of memory that the device reads by itself.
+        found = torch.empty((len(rows), layout.columns), dtype=_stored_type(layout), pin_memory=True)
+        parts = [slice(start, start + READ_ROWS) for start in range(0, len(rows), READ_ROWS)]
+        list(self._readers.map(lambda part: self._vectors.take(rows[part], out=found[part].numpy()), parts))
+        with torch.cuda.stream(self._copies):
+            copied = found.to(self._device, non_blocking=True)
+        self._copies.synchronize()
+        # Its memory is not for another copy while what computes with it waits for its turn.
+        copied.record_stream(torch.cuda.default_stream(self._device))
+        return copied
 
 
 class ResidentRows:
     """Rows that lie in a device's memory, as they are stored."""
 
     def __init__(self, vectors: ShardedArray, rows: NDArray[np.int64], device: torch.device) -> None:
-        dtype = torch.float16 if vectors.layout.dtype == "float16" else torch.float32
-        self._values = torch.empty((len(rows), vectors.layout.columns), dtype=dtype, device=device)
-        step = vectors.layout.shard_rows
+        layout = vectors.layout
+        self._values = torch.empty((len(rows), layout.columns), dtype=_stored_type(layout), device=device)
+        source, step = StreamedRows(vectors, rows, device), layout.shard_rows
         for start in range(0, len(rows), step):
-            self._values[start : start + step] = torch.from_numpy(vectors.take(rows[start : start + step]))
+            part = np.arange(start, min(start + step, len(rows)))
+            self._values[start : start + step] = source.read(part)
 
     def read(self, places: NDArray[np.int64]) -> Tensor:
         """Return the rows, gathered on the device."""
         return self._values.index_select(0, torch.from_numpy(places).to(self._values.device))
 
 
-def open_rows(vectors: ShardedArray, rows: NDArray[np.int64], device: torch.device) -> RowSource:
-    """Return the rows, resident on a CUDA device where they fit in half of its free memory; else streamed."""
+def open_rows(vectors: ShardedArray, rows: NDArray[np.int64], device: torch.device, *, needed: int) -> RowSource:
+    """Return the rows, resident on a CUDA device where they fit there; else streamed.
+
+    Args:
+        needed: bytes of the device's memory that are needed besides.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        if len(rows) * vectors.layout.columns * np.dtype(vectors.layout.dtype).itemsize <= RESIDENT_SHARE * free:
+        if fits_device(len(rows) * vectors.layout.row_bytes, needed, free):
             return ResidentRows(vectors, rows, device)
-    return StreamedRows(vectors, rows)
+    return StreamedRows(vectors, rows, device)
+
+
+def _stored_type(layout: ShardLayout) -> torch.dtype:
+    return torch.float16 if layout.dtype == "float16" else torch.float32
 
 
 def read_ahead(read: Callable[[Any], Tensor], items: Iterable[Any], device: torch.device) -> Iterator[Tensor]:
-    """Yield `read(item)` for every item, in order, as float32 on the device; another thread reads what comes next."""
+    """Yield `read(item)` for every item, in order, as stored, on the device; another thread reads what comes next."""
     waiting: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(read, item))
                 if len(waiting) > BATCHES_AHEAD:
-                    yield waiting.popleft().result().to(device, non_blocking=True).float()
+                    yield waiting.popleft().result().to(device, non_blocking=True)
             while waiting:
-                yield waiting.popleft().result().to(device, non_blocking=True).float()
+                yield waiting.popleft().result().to(device, non_blocking=True)
         finally:
             for future in waiting:
                 future.cancel()

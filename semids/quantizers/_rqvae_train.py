@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ from semids.errors import DataError
 from semids.kmeans import Lloyd, fit_codebook, sample_rows, training_budget
 from semids.quantizers._ranks import Ranks
 from semids.quantizers._rqvae_evaluation import EVALUATION_ROWS, evaluate, rank_of
-from semids.quantizers._rqvae_model import squared_distances
+from semids.quantizers._rqvae_layers import nearest_codewords
+from semids.quantizers._rqvae_memory import training_device_bytes
 from semids.quantizers._rqvae_outcome import Trained
 from semids.quantizers._rqvae_rows import (
     RowSource,
@@ -30,8 +31,15 @@ from semids.quantizers._rqvae_rows import (
     read_ahead,
 )
 from semids.quantizers._rqvae_state import Checkpoints, Training, TrainingState
-from semids.quantizers._rqvae_steps import make_model, make_optimizer, rate_of, reset_moments, update
-from semids.shards import ShardedArray
+from semids.quantizers._rqvae_steps import (
+    count_codes,
+    find_gradients,
+    make_model,
+    make_optimizer,
+    rate_of,
+    reset_moments,
+)
+from semids.shards import ShardedArray, ShardLayout
 
 if TYPE_CHECKING:
     from semids.quantizers.rqvae import RqvaeSettings
@@ -60,6 +68,11 @@ class Job:
     vectors: ShardedArray
     rows: NDArray[np.int64]
     folder: Path | None
+
+    @property
+    def layout(self) -> ShardLayout:
+        """Of the vectors that are trained on, as if they were an array of their own."""
+        return replace(self.vectors.layout, rows=len(self.rows))
 
 
 def train(job: Job, told: Told, *, ranks: Ranks = Ranks(), device: torch.device | None = None) -> Trained:  # noqa: B008
@@ -117,7 +130,8 @@ class _Trainer:
             self._agree()
         epochs = range(self.state.epoch, self.job.settings.epochs)
         self.orders = epoch_orders(len(self.trained), epochs, seed=self.job.seed)
-        self.rows: RowSource = open_rows(self.job.vectors, self.trained, self.device)
+        needed = training_device_bytes(self.job.sizes, self.job.settings, self.job.layout)
+        self.rows: RowSource = open_rows(self.job.vectors, self.trained, self.device, needed=needed)
         self.step_model: nn.Module = self.training.model
         if self.ranks.world > 1:
             # Scales and means never change: nothing to send along with the gradients.
@@ -133,7 +147,7 @@ class _Trainer:
         budget = training_budget(max(self.job.sizes), self.job.vectors.layout.columns)
         places = sample_rows(len(self.trained), budget, seed=self.job.seed)
         parts = [places[start : start + EVALUATION_ROWS] for start in range(0, len(places), EVALUATION_ROWS)]
-        return read_ahead(StreamedRows(self.job.vectors, self.trained).read, parts, self.device)
+        return read_ahead(StreamedRows(self.job.vectors, self.trained, self.device).read, parts, self.device)
 
     @torch.no_grad()
     def _standardize(self) -> None:
@@ -167,10 +181,11 @@ class _Trainer:
                 )
                 codebook.copy_(torch.from_numpy(found.codebook))
                 for rows in residuals.split(EVALUATION_ROWS):
-                    rows -= codebook[squared_distances(rows, codebook).argmin(dim=1)]
+                    rows -= codebook[nearest_codewords(rows, codebook)]
         self._agree()
         for codebook in model.codebooks:
-            self.training.optimizer.state.pop(codebook, None)
+            for value in self.training.optimizer.state[codebook].values():
+                value.zero_()
 
     def is_finished(self) -> bool:
         """True once all epochs are over, or so many evaluations found nothing better."""
@@ -197,14 +212,12 @@ class _Trainer:
         for group in training.optimizer.param_groups:
             group["lr"] = p.lr * rate_of(p, number, self.steps) * group["rate"]
         losses = self.step_model(rows, whole, quantized=not self._is_warming_up())
-        norm = update(training.model, training.optimizer, losses, parts=self.ranks.world)
-        counts = [
-            torch.bincount(losses.codes[:, level], minlength=len(book))
-            for level, book in enumerate(training.model.codebooks)
-        ]
+        norm = find_gradients(training.model, training.optimizer, losses, parts=self.ranks.world)
+        counts = [count_codes(losses.codes[:, level], len(each)) for level, each in enumerate(training.counts)]
         shared = self.ranks.sum(torch.cat([losses.reconstruction[None], losses.quantization[None], *counts]).double())
-        parts = shared[:2].tolist()
-        if not (math.isfinite(norm) and all(map(math.isfinite, parts))):
+        # A device is waited for once a step.
+        *parts, norm = torch.cat([shared[:2], norm[None].double()]).tolist()
+        if not all(map(math.isfinite, (norm, *parts))):
             first = state.step * p.batch_size
             contents = np.sort(self.trained[order[first : first + p.batch_size]])
             raise DataError(
@@ -212,6 +225,7 @@ class _Trainer:
                 f"quantization {parts[1]}, gradient {norm}); its batch has the contents {contents[:5].tolist()} "
                 f"and {max(0, len(contents) - 5)} more; lower lr, or look at their vectors"
             )
+        training.optimizer.step()
         sizes = [len(level) for level in training.counts]
         for level, found in zip(training.counts, shared[2:].long().split(sizes), strict=True):
             level += found
@@ -246,7 +260,7 @@ class _Trainer:
         model, state = self.training.model, self.state
         wanted = max(REVIVAL_ROWS, max(map(len, dead)))
         chosen = sample_rows(len(self.trained), wanted, seed=self.job.seed + state.epoch)
-        residuals = model.encode(self.rows.read(chosen).to(self.device).float())
+        residuals = model.encode(self.rows.read(chosen).to(self.device))
         residuals = residuals[torch.randperm(len(residuals), generator=torch.Generator().manual_seed(state.epoch))]
         for level, codebook in enumerate(model.codebooks):
             # Fewer rows than dead codewords: the others stay where they are.
@@ -255,7 +269,7 @@ class _Trainer:
             reset_moments(self.training.optimizer.state[codebook], moved)
             self.ranks.broadcast(codebook.data)
             state.revived[level] += len(moved)
-            residuals = residuals - codebook[squared_distances(residuals, codebook).argmin(dim=1)]
+            residuals = residuals - codebook[nearest_codewords(residuals, codebook)]
 
     def _evaluate(self, dead: list[int]) -> None:
         """Judge the network by the held-out rows, every rank for itself, and keep its weights if they are the best."""

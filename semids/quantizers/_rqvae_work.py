@@ -14,7 +14,7 @@ from semids.network import CHUNK_ROWS, Network
 from semids.parallel import thread_count
 from semids.quantizers._rqvae_memory import decoder_device_bytes, training_device_bytes
 from semids.quantizers._work import HEADER_BYTES, codebook_bytes, encoding_work, fitting
-from semids.shards import SHARD_ROWS
+from semids.shards import SHARD_ROWS, ShardLayout
 from semids.work import Counts, Probe, Work
 
 if TYPE_CHECKING:
@@ -49,13 +49,18 @@ def stepping(
     def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
         import torch
 
-        from semids.quantizers._rqvae_steps import make_model, make_optimizer, update
+        from semids.quantizers._rqvae_steps import find_gradients, make_model, make_optimizer
 
         model = make_model(sizes, settings, dimensions, seed=0)
         optimizer = make_optimizer(settings, model)
         batch = torch.from_numpy(draw_rows(timed, dimensions))
         model.scale.fill_(float(batch.std()) ** -1)
-        return lambda: update(model, optimizer, model(batch, timed, quantized=quantized)), timed
+
+        def step() -> None:
+            find_gradients(model, optimizer, model(batch, timed, quantized=quantized))
+            optimizer.step()
+
+        return step, timed
 
     codes = f"coded with {list(sizes)}" if quantized else "not coded"
     return Probe(f"train {'-'.join(map(str, widths))} on {timed} rows, {codes}", prepare)
@@ -99,7 +104,7 @@ def network_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
     return work + Work(
         memory=LIBRARY_BYTES + max(work.memory, held) + weights + orders,
         disk=network_bytes(settings, d) + codebook_bytes(sizes, settings.e_dim),
-        device_memory=training_device_bytes(sizes, settings, counts),
+        device_memory=training_device_bytes(sizes, settings, _trained(counts)),
         device_rows=counts.training * d * counts.itemsize,
     )
 
@@ -134,7 +139,7 @@ def decoder_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
         units,
         memory=LIBRARY_BYTES + held + codes + 16 * counts.training,
         disk=network_bytes(settings, d) // 2,
-        device_memory=decoder_device_bytes(settings, counts),
+        device_memory=decoder_device_bytes(settings, _trained(counts)),
         device_rows=counts.training * d * counts.itemsize,
     )
 
@@ -153,6 +158,10 @@ def coding_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts, *
         memory=LIBRARY_BYTES + work.memory + held,
         disk=network_bytes(settings, counts.dimensions) + codebook_bytes(sizes, settings.e_dim),
     )
+
+
+def _trained(counts: Counts) -> ShardLayout:
+    return ShardLayout(counts.training, counts.dimensions, f"float{8 * counts.itemsize}")
 
 
 def network_bytes(settings: RqvaeSettings, dimensions: int) -> int:

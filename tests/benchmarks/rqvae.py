@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from semids.progress import silent
-from semids.quantizers import _rqvae_model
 from semids.quantizers._ranks import Ranks
+from semids.quantizers._rqvae_layers import nearest_codewords
 from semids.quantizers._rqvae_model import RqvaeModel
 from semids.quantizers._rqvae_rows import StreamedRows, batch_places, epoch_order, read_ahead
-from semids.quantizers._rqvae_steps import make_model, make_optimizer, update
+from semids.quantizers._rqvae_steps import find_gradients, make_model, make_optimizer
 from semids.quantizers.rqvae import RqvaeSettings
 from semids.shards import ShardedArray, ShardLayout, shard_name, write_shards
 from tests.benchmarks.measure import Contender, Record, take_turns
@@ -44,9 +44,10 @@ def measure_rqvae(vectors: NDArray[np.float16], folder: Path) -> None:
     rows = vectors[:ROWS]
     layout = ShardLayout(len(rows), rows.shape[1], "float16")
     write_shards(folder, "rows", layout, lambda start, stop: rows[start:stop], fingerprint="", progress=silent)
-    source = StreamedRows(ShardedArray(layout, lambda shard: folder / shard_name("rows", shard)), np.arange(len(rows)))
-    items = Items(rows.astype(np.float32))
     device = torch.device("cpu")
+    array = ShardedArray(layout, lambda shard: folder / shard_name("rows", shard))
+    source = StreamedRows(array, np.arange(len(rows)), device)
+    items = Items(rows.astype(np.float32))
 
     def load() -> Iterator[torch.Tensor]:
         places = batch_places(epoch_order(len(rows), 0, seed=0), SETTINGS.batch_size, start=0, ranks=Ranks())
@@ -60,7 +61,8 @@ def measure_rqvae(vectors: NDArray[np.float16], folder: Path) -> None:
     rival = torch.optim.AdamW(published.parameters(), lr=SETTINGS.lr, weight_decay=SETTINGS.weight_decay)
 
     def step(batch: torch.Tensor) -> None:
-        update(model, optimizer, model(batch, len(batch)))
+        find_gradients(model, optimizer, model(batch, len(batch)))
+        optimizer.step()
 
     def step_as_published(batch: torch.Tensor) -> None:
         published_step(published, rival, batch)
@@ -103,7 +105,7 @@ def _models(rows: NDArray[np.float16]) -> tuple[RqvaeModel, PublishedRqvae]:
         residuals = model.encode(first)
         for level, book in enumerate(model.codebooks):
             book.copy_(residuals[level::8][: len(book)])
-            residuals = residuals - book[_rqvae_model.squared_distances(residuals, book).argmin(dim=1)]
+            residuals = residuals - book[nearest_codewords(residuals, book)]
             published.books[level].weight.copy_(book)
         copy_weights(model, published)
     return model, published
