@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semids.quantizers import _rqvae_layers, _sinkhorn
+from semids.quantizers import _rqvae_layers
 from semids.quantizers._ranks import Ranks
 from semids.quantizers._rqvae_layers import Layer, squared_distances, sum_by_code
 from semids.quantizers._rqvae_model import Objective, RqvaeModel
@@ -163,40 +160,3 @@ def test_mixed_precision_trains_float32_weights_almost_alike(monkeypatch: pytest
         assert value.grad is not None
         assert value.grad.dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(value.grad.ravel(), other.grad.ravel(), dim=0) > 0.98
-
-
-@pytest.mark.parametrize("epsilon", [0.003, 0.01, 0.05])
-@pytest.mark.parametrize("far", [0.0, 400.0])
-def test_balancing_in_one_pass_gives_the_same_codes(
-    epsilon: float, far: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The pass itself is Triton's on CUDA, and PyTorch's elsewhere: there the test is of the iteration alone."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        module = ModuleType("semids.quantizers._sinkhorn_triton")
-        monkeypatch.setattr(module, "column_loads", add_up_softmax, raising=False)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn((700, 4), generator=generator)
-    book = torch.cat([torch.randn((29, 4), generator=generator), torch.full((1, 4), far)])
-    distances = squared_distances(rows, book).to(device)
-    twice = sinkhorn_codes(distances.cpu().clone(), epsilon, 60, Ranks())
-    monkeypatch.setattr(_sinkhorn, "_balance", _sinkhorn._balance_fused)
-    once = sinkhorn_codes(distances.clone(), epsilon, 60, Ranks()).cpu()
-    assert (once == 29).any()
-    assert (once != twice).sum() <= 2  # near-ties; seen: 0
-
-
-def add_up_softmax(logits: torch.Tensor, potentials: torch.Tensor) -> torch.Tensor:
-    return (logits + potentials).softmax(dim=1).sum(dim=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton computes on CUDA devices")
-@pytest.mark.parametrize(("rows", "size"), [(0, 5), (1, 5), (1000, 512), (4097, 300), (3000, 8192)])
-def test_column_loads_are_those_of_the_softmax(rows: int, size: int) -> None:
-    from semids.quantizers._sinkhorn_triton import column_loads
-
-    logits, potentials = 10 * torch.randn((rows, size), device="cuda"), torch.randn(size, device="cuda")
-    found = column_loads(logits, potentials)
-    torch.testing.assert_close(found, add_up_softmax(logits.double(), potentials.double()).float())
-    assert torch.equal(column_loads(logits, potentials), found)

@@ -90,8 +90,13 @@ class StreamedRows:
             return torch.from_numpy(self._vectors.take(rows))
         # Of memory that the device reads by itself.
         found = torch.empty((len(rows), layout.columns), dtype=_stored_type(layout), pin_memory=True)
-        parts = [slice(start, start + READ_ROWS) for start in range(0, len(rows), READ_ROWS)]
-        list(self._readers.map(lambda part: self._vectors.take(rows[part], out=found[part].numpy()), parts))
+
+        def fetch(start: int) -> None:
+            part = slice(start, start + READ_ROWS)
+            self._vectors.take(rows[part], out=found[part].numpy())
+
+        for _ in self._readers.map(fetch, range(0, len(rows), READ_ROWS)):
+            pass  # What a thread raised is raised here.
         with torch.cuda.stream(self._copies):
             copied = found.to(self._device, non_blocking=True)
         self._copies.synchronize()

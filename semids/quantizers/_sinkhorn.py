@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
@@ -25,9 +22,9 @@ def sinkhorn_codes(distances: Tensor, epsilon: float, iterations: int, ranks: Ra
     """Return the (b,) codes of the transport plan that uses every codeword equally often over the batch.
 
     The iteration of Cuturi 2013, rows first, on distances brought to [-1, 1] as LC-Rec does (Zheng et al. 2024,
-    section 3.2.1). Only one vector changes, in float32: the codewords' potentials, or their scalings, which are folded
-    into the kernel in the logarithm now and then (Schmitzer 2019, section 3): as it stands, the kernel is NaN in
-    float32 at epsilon ≤ 0.01. Column sums are taken over all ranks.
+    section 3.2.1). Only scaling vectors change, in float32, and are folded into the kernel in the logarithm now and
+    then (Schmitzer 2019, section 3): as it stands, the kernel is NaN in float32 at epsilon ≤ 0.01. Column sums are
+    taken over all ranks.
 
     Args:
         distances: (b, K) squared distances; overwritten.
@@ -44,8 +41,7 @@ def sinkhorn_codes(distances: Tensor, epsilon: float, iterations: int, ranks: Ra
     # In one pass.
     logits = torch.addcmul(-middle * sharpness, distances, sharpness, out=distances)
     share = rows / logits.shape[1]
-    balance = _balance_fused if logits.is_cuda and _has_triton() else _balance
-    return logits.add_(balance(logits, share, iterations, ranks)).argmax(dim=1)
+    return logits.add_(_balance(logits, share, iterations, ranks)).argmax(dim=1)
 
 
 def _balance(logits: Tensor, share: Tensor, iterations: int, ranks: Ranks) -> Tensor:
@@ -70,23 +66,6 @@ def _balance(logits: Tensor, share: Tensor, iterations: int, ranks: Ranks) -> Te
     return potentials.add_(scaling.log())
 
 
-def _balance_fused(logits: Tensor, share: Tensor, iterations: int, ranks: Ranks) -> Tensor:
-    """As `_balance`, in one pass over the logits an iteration, without a kernel."""
-    from semids.quantizers._sinkhorn_triton import column_loads
-
-    potentials = logits.new_zeros(logits.shape[1])
-    for done in range(1, iterations + 1):
-        loads = ranks.sum(column_loads(logits, potentials))
-        if done == 1 and float(loads.min()) < LEAST_MASS:
-            potentials = _first_potentials(logits, share, ranks)
-            continue
-        change = (share / loads).log_()
-        potentials += change
-        if done % CHECK_EVERY == 0 and float(change.abs().max()) < CONVERGED:
-            break
-    return potentials
-
-
 def _first_potentials(logits: Tensor, share: Tensor, ranks: Ranks) -> Tensor:
     """Return the potentials after an iteration in the logarithm.
 
@@ -102,9 +81,3 @@ def _kernel(logits: Tensor, potentials: Tensor) -> Tensor:
     # e^−85 is still a normal number of float32, with others of which some processors are slow, and sums over 8 million
     # rows to less than LEAST_MASS.
     return kernel.sub_(kernel.amax(dim=1, keepdim=True)).clamp_(min=-85).exp_()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    """True where Triton is installed, as it is along with PyTorch for CUDA on Linux."""
-    return importlib.util.find_spec("triton") is not None
