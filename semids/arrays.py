@@ -21,6 +21,8 @@ Codes = NDArray[np.unsignedinteger[Any]]
 # Squares of norms, and sums of them over 50M rows, must stay finite and normal in float32 and float64.
 SMALLEST_NORM = 1e-12
 LARGEST_NORM = 1e12
+PART_ROWS = 4096
+"""Rows that are looked at together."""
 LARGEST_CODEBOOK = 1 << 16
 WORD_BITS = 64
 
@@ -85,11 +87,26 @@ def check_vectors(vectors: NDArray[Any], *, dimensions: int | None = None) -> Ve
 
 def unusable_rows(vectors: Vectors) -> NDArray[np.int64]:
     """Return the indices of rows that hold a non-finite value or have a norm outside [1e-12, 1e12]."""
+    doubtful = np.concatenate(
+        [start + _doubtful_rows(vectors[start : start + PART_ROWS]) for start in range(0, len(vectors), PART_ROWS)]
+        or [np.empty(0, np.int64)]
+    )
+    some = vectors[doubtful]
     # float64: the square of 1e20 overflows float32, and FAISS aborts the interpreter on such rows.
     with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64, casting="unsafe"))
+        norms = np.sqrt(np.einsum("nd,nd->n", some, some, dtype=np.float64, casting="unsafe"))
     usable = np.isfinite(norms) & (norms >= SMALLEST_NORM) & (norms <= LARGEST_NORM)
-    return np.flatnonzero(~usable)
+    return doubtful[~usable]
+
+
+def _doubtful_rows(vectors: Vectors) -> NDArray[np.int64]:
+    """Return the rows that float32, in a tenth of the time of float64, does not show to be far within the bounds."""
+    if vectors.dtype not in (np.float16, np.float32):
+        return np.arange(len(vectors))
+    rows = vectors if vectors.dtype == np.float32 else widen(vectors, out=np.empty(vectors.shape, np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("nd,nd->n", rows, rows)
+    return np.flatnonzero(~((squares > 100 * SMALLEST_NORM**2) & (squares < LARGEST_NORM**2 / 100)))
 
 
 def widen(rows: Vectors, *, out: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,10 +1,11 @@
-"""Residual codebooks on a device of PyTorch: what NumPy does on the processor, for machines with a GPU."""
+"""Residual codebooks and networks on a device of PyTorch: what NumPy does on the processor, for machines with a GPU."""
 
 from __future__ import annotations
 
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -168,6 +169,39 @@ class DeviceCodebooks:
             left = left - codebook[chosen[:, level]]
             errors.append(left.square().sum(dim=1))
         return torch.stack(errors, dim=1)
+
+
+class DeviceNetwork:
+    """The layers of a `Network` on a device, and what rows become by them, in float32."""
+
+    def __init__(
+        self, weights: Sequence[NDArray[np.float32]], biases: Sequence[NDArray[np.float32]], device: torch.device
+    ) -> None:
+        """Copy (d_in, d_out) weights and (d_out,) biases to the device."""
+        self.device = device
+        self.weights, self.biases = (
+            [upload(each, device) for each in weights],
+            [upload(each, device) for each in biases],
+        )
+        self.widest = max(width for weight in weights for width in weight.shape)
+        self.turns = threading.BoundedSemaphore(AT_A_TIME)
+
+    def apply(self, rows: Vectors) -> NDArray[np.float32]:
+        """Return what (n, d_in) rows become, (n, d_out); see `Network.apply`."""
+        import torch
+
+        out = np.empty((len(rows), len(self.biases[-1])), np.float32)
+        step = max(1, DEVICE_SCORE_BYTES // (2 * 4 * self.widest))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            with self.turns:
+                values = upload(rows[part], self.device).float()
+                for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+                    values = torch.addmm(bias, values, weight)
+                    if layer < len(self.weights) - 1:
+                        values.relu_()
+                out[part] = values.cpu().numpy()
+        return out
 
 
 def _smallest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, capacity_of, check_vectors, code_dtype
+from semids.blocks import READ_ROWS, Group, Take, blocks_of, over_groups
 from semids.capacity import Costs, cheapest_children, round_to_loads
 from semids.errors import UsageError
-from semids.prefixes import READ_ROWS, Group, Take, groups_of, over_groups
 from semids.residual import ResidualCodebooks, prefix_numbers
 
 
@@ -71,7 +71,8 @@ def _place_level(take: Take, quantizer: ResidualCodebooks, before: Codes, taken:
         return _assign_free(group.costs, len(group.rows), room, prices.find(prefix) if prices is not None else None)
 
     codes = np.empty(len(before), np.int64)
-    for groups in groups_of(take, quantizer, before, prefixes):
+    for block in blocks_of(take, quantizer, before, prefixes):
+        groups = block.groups(block.read())
         for group, found in zip(groups, over_groups(assign, groups), strict=True):
             codes[group.rows] = found
     return codes

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Vectors, widen
+from semids.device import DeviceNetwork, accelerator
 from semids.errors import ShapeError
 from semids.parallel import in_order
 
 CHUNK_ROWS = 2048
 """Rows that pass through all layers at a time: what they become in between stays small."""
+
+_copying = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,17 @@ class Network:
             raise ShapeError(f"expected layers that fit together, got weights of shapes {shapes}")
 
     @property
+    def _on_device(self) -> DeviceNetwork | None:
+        """What does the arithmetic instead, where there is a device for it: one copy, whichever thread comes first."""
+        with _copying:
+            return self._device_copy
+
+    @functools.cached_property
+    def _device_copy(self) -> DeviceNetwork | None:
+        device = accelerator()
+        return DeviceNetwork(self.weights, self.biases, device) if device is not None else None
+
+    @property
     def dimensions(self) -> tuple[int, int]:
         """Widths of what goes in and of what comes out."""
         return self.weights[0].shape[0], self.weights[-1].shape[1]
@@ -47,6 +63,8 @@ class Network:
 
         A row is computed along with the others of its chunk, so that the bytes do not depend on the number of threads.
         """
+        if self._on_device is not None:
+            return self._on_device.apply(rows)
         out = np.empty((len(rows), self.dimensions[1]), np.float32)
         parts = [slice(start, start + CHUNK_ROWS) for start in range(0, len(rows), CHUNK_ROWS)]
         for part, found in zip(parts, in_order(lambda part: self._apply_chunk(rows[part]), parts), strict=True):

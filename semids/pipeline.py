@@ -22,7 +22,7 @@ from semids.fingerprints import code_digest, method_code
 from semids.items import VectorSource, catalogue_digest, is_vectors, scan_texts, scan_vectors
 from semids.known import KNOWN, write_known
 from semids.quantizers.base import FrozenQuantizer, Tensors, TrainingData, TrainingStep
-from semids.shards import ShardLayout, count_shards
+from semids.shards import EVERY, ShardLayout, count_shards
 from semids.stages import Ref, Stage, StageOutput, StageReader
 
 Runner = Callable[[Stage], Ref]
@@ -189,6 +189,7 @@ def train_step(config: BuildConfig, items: Ref, vectors: Ref, step: TrainingStep
         code={"version": step.version}
         if step.version
         else code_digest(_train, *method_code(QUANTIZERS[config.quantizer], step.run)),
+        shards=step.lots(count_contents(items)) if step.lots else 1,
     )
 
 
@@ -199,9 +200,11 @@ def _train(
     space = StageReader(needed[step.space].path if step.space else vectors.path).array("vectors")
     rows = np.flatnonzero(training)
     weights = training[rows].astype(np.float32) if step.weighted else None
-    data = TrainingData(space, rows, output.kept("training"), weights)
+    data = TrainingData(space, rows, output.kept("training"), weights, output.lot)
     tensors = {name: read_tensors(ref) for name, ref in needed.items()}
     outcome = config.make_quantizer(count_contents(items)).run_step(step, data, tensors, output.progress)
+    if output.lot != EVERY:
+        return {}
     output.commit("tensors.safetensors", lambda path: save_file(outcome.tensors, path))
     if outcome.encoder is not None:
         encoder, each = outcome.encoder, space.layout.shard_rows

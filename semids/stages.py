@@ -74,7 +74,7 @@ class Stage:
         origin: where the outputs come from, if this stage does not compute them; what another origin left
             unfinished is refused.
         shards: of each array, where `build` does nothing but write arrays of as many shards, each of which can be
-            made without the others; see `make_shards`.
+            made without the others; or parts that it keeps, and finds again when it makes the whole; see `make_shards`.
     """
 
     name: str

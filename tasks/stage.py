@@ -25,7 +25,7 @@ from semids.store import digest_json
 from tasks.tracking import prefer_tracked
 
 FIRST_PROGRESS_SECONDS = 5.0
-PROGRESS_EVERY_SECONDS = 2.0
+PROGRESS_EVERY_SECONDS = 5.0
 RETRY_DELAYS: list[float] = [1, 30]
 HOUR = 3600
 JSON_SERIALIZER = JSONSerializer().model_dump()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from small_runs import published
 
-from semids import kmeans, residual
+from semids import kmeans, network, residual
 from semids.cli import main
-from semids.device import DeviceCodebooks, DeviceLloyd, accelerator
+from semids.device import DeviceCodebooks, DeviceLloyd, DeviceNetwork, accelerator
 from semids.kmeans import Lloyd, fit_codebook
+from semids.network import Network
 from semids.residual import PriceTable, ResidualCodebooks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,7 +24,7 @@ SIZES = (16, 12, 20)
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have array work done by PyTorch, on CUDA where there is a device."""
-    for module in (residual, kmeans):
+    for module in (residual, kmeans, network):
         monkeypatch.setattr(module, "accelerator", lambda: DEVICE)
 
 
@@ -67,6 +68,20 @@ def test_codes_on_a_device_do_not_depend_on_the_rows_of_a_chunk(
     whole = DeviceCodebooks(make_books(), DEVICE).assign(vectors)
     monkeypatch.setattr("semids.device.DEVICE_SCORE_BYTES", 7 * 4 * sum(SIZES))
     assert (DeviceCodebooks(make_books(), DEVICE).assign(vectors) != whole).any(axis=1).sum() <= 2  # seen: 0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_what_rows_become_is_what_numpy_makes_of_them(
+    dtype: type, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    weights = tuple(rng.normal(size=shape).astype(np.float32) for shape in ((24, 40), (40, 12), (12, 7)))
+    made = Network(weights, tuple(rng.normal(size=len(weight.T)).astype(np.float32) for weight in weights))
+    rows = vectors.astype(dtype)
+    expected = made.apply(rows)
+    monkeypatch.setattr("semids.device.DEVICE_SCORE_BYTES", 8 * 40 * 100)
+    found = DeviceNetwork(made.weights, made.biases, DEVICE).apply(rows)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_of_equal_codewords_the_first_is_chosen(vectors: np.ndarray) -> None:

@@ -13,7 +13,8 @@ from small_runs import published
 from semids.cli import main
 from semids.contents import digest_content, digest_of_item
 from semids.kmeans import Lloyd, fit_codebook
-from semids.prefixes import nearest_quantizer, refit_jointly, refit_last
+from semids.prefixes import nearest_quantizer
+from semids.refits import refit_jointly, refit_last
 
 BUILD = ("--shape", "6x6x6", "--set", "options.residual_kmeans.restarts=1")
 COPIES = 5

@@ -109,7 +109,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads(
 ) -> None:
     monkeypatch.setattr(residual, "PART_ROWS", 512)
     monkeypatch.setattr("semids.balance.BLOCK_ENTRIES", 1 << 12)
-    monkeypatch.setattr("semids.prefixes.READ_ROWS", 300)
+    monkeypatch.setattr("semids.blocks.READ_ROWS", 300)
     monkeypatch.setattr("semids.capacity.CHUNK_ROWS", 200)
     generator = np.random.default_rng(0)
     vectors = generator.normal(size=(3000, 24)).astype(np.float32)

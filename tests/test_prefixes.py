@@ -1,15 +1,21 @@
 """Codes within bounds at every depth, and codebooks re-fitted to them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semids import capacity, prefixes
+from semids import blocks, capacity, prefixes
 from semids.arrays import capacity_of
-from semids.capacity import Bounds, resolve_bounds
-from semids.prefixes import assign_within_bounds, refit_jointly
+from semids.blocks import KeptBlocks
+from semids.capacity import Bounds, Loads, resolve_bounds
+from semids.errors import CorruptionError
+from semids.prefixes import BoundedLevel, assign_within_bounds
+from semids.refits import refit_jointly
 from semids.residual import PriceTable, ResidualCodebooks
+from semids.shards import EVERY
 
 
 def make_codebooks(sizes: tuple[int, ...], dimensions: int, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -30,7 +36,7 @@ def test_every_prefix_is_within_its_bounds_and_the_floor_is_reached(data: st.Dat
     bounds = resolve_bounds(rows, capacity_of(sizes), least="auto", most="auto")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capacity, "EXACT_ENTRIES", data.draw(st.sampled_from([0, 100, 1 << 18])))
-        patch.setattr(prefixes, "BLOCK_BYTES", data.draw(st.sampled_from([4, 400, 1 << 20])))
+        patch.setattr(blocks, "BLOCK_BYTES", data.draw(st.sampled_from([4, 400, 1 << 20])))
         found = assign_within_bounds(
             lambda some: vectors[some], make_codebooks(sizes, 6), bounds, rows=rows, contents=rows
         )
@@ -114,3 +120,61 @@ def test_prices_are_found_by_their_prefix() -> None:
     costs = np.zeros((4, 2), np.float32)
     table.subtract(costs, np.array([7, 0, 3, 9]))
     assert costs.tolist() == [[-3, -4], [0, 0], [-1, -2], [0, 0]]
+
+
+def level_of(vectors: np.ndarray, folder: Path | None = None, lot: slice = EVERY) -> BoundedLevel:
+    """The second level of two, in blocks of a few prefixes each; the loads of some of them are beyond their bounds."""
+    books = make_codebooks((40, 8), 24)
+    quantizer = prefixes.nearest_quantizer(books)
+    before = quantizer.assign(vectors)[:, :1].astype(np.uint8)
+    bounds = Bounds(0, int(np.bincount(before[:, 0]).max()) // 8 + 1)
+    return prefixes.assign_level(
+        lambda some: vectors[some], quantizer, before, bounds, contents=len(vectors), kept=KeptBlocks(folder), lot=lot
+    )
+
+
+def equal_levels(one: BoundedLevel, other: BoundedLevel) -> bool:
+    tables = [(level.codes, level.prices.prefixes, level.prices.values) for level in (one, other)]
+    same = all(np.array_equal(left, right) for left, right in zip(*tables, strict=True))
+    return same and (one.moved, one.converged) == (other.moved, other.converged)
+
+
+def test_small_prefixes_are_placed_together_as_they_are_one_by_one(
+    vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = level_of(vectors)
+    assert together.moved
+
+    def none_fits(dense: np.ndarray, lengths: np.ndarray, loads: Loads) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(len(dense), np.int64), np.zeros(len(lengths), np.bool_)
+
+    real = prefixes._nearest_within
+    shares: list[float] = []
+
+    def watched(dense: np.ndarray, lengths: np.ndarray, loads: Loads) -> tuple[np.ndarray, np.ndarray]:
+        nearest, fits = real(dense, lengths, loads)
+        shares.append(fits.mean())
+        return nearest, fits
+
+    monkeypatch.setattr(prefixes, "_nearest_within", watched)
+    level_of(vectors)
+    assert 0 < np.mean(shares) < 1
+    monkeypatch.setattr(prefixes, "_nearest_within", none_fits)
+    assert equal_levels(level_of(vectors), together)
+
+
+def test_blocks_that_are_done_are_not_placed_again(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 8 * 60)
+    whole = level_of(vectors)
+    assert equal_levels(level_of(vectors, tmp_path / "one"), whole)
+    for lot in range(3):
+        level_of(vectors, tmp_path / "lots", slice(lot, None, 3))
+    assert len(list((tmp_path / "lots").glob("*.json"))) > 6
+    monkeypatch.setattr(prefixes._Placer, "place", None)
+    assert equal_levels(level_of(vectors, tmp_path / "lots"), whole)
+    damaged = tmp_path / "lots" / "block-00002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    with pytest.raises(CorruptionError, match="block-00002"):
+        level_of(vectors, tmp_path / "lots")

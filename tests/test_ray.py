@@ -44,10 +44,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def run_flow(server: Server, flow: str, values: dict[str, Any]) -> Path:
+def run_flow(server: Server, flow: str, values: dict[str, Any], name: str = "") -> Path:
     folder = server.folder
-    out = folder / flow
-    config = folder / f"{flow}.yaml"
+    out = folder / (name or flow)
+    config = folder / f"{name or flow}.yaml"
     config.write_text(yaml.safe_dump({"catalogue": {"path": str(folder / "vectors.npy")}, "out": str(out)} | values))
     ended = subprocess.run(
         [sys.executable, "-m", f"flows.{flow}", str(config)],
@@ -82,5 +82,28 @@ def test_shards_and_cells_on_a_cluster_give_the_ids_of_one_process(server: Serve
     lots += [f"Encode the vectors, lot {lot} of {SHARDS}" for lot in range(SHARDS)]
     deadline = time.monotonic() + 30
     while sorted(task_runs(server, "lot")) != sorted(lots):
+        assert time.monotonic() < deadline, task_runs(server, "lot")
+        time.sleep(0.5)
+
+
+def test_prefixes_are_placed_on_a_cluster_as_one_process_places_them(server: Server, cluster: str) -> None:
+    folder = server.folder
+    values = {
+        "shape": "8x2048",
+        "mapping": "capacity",
+        "min_contents_per_id": 0,
+        "max_contents_per_id": None,
+        "options": {"residual_kmeans": {"restarts": 1, "iterations": 2}},
+    }
+    config = folder / "alone.yaml"
+    described = {"catalogue": {"path": str(folder / "vectors.npy")}, "out": str(folder / "alone")}
+    config.write_text(yaml.safe_dump(described | values))
+    assert main(["tokenize", "--config", str(config)]) == 0
+    spread = run_flow(server, "build", values | {"ray": cluster}, name="placed")
+    ids = [(published(out) / "semantic_ids.parquet").read_bytes() for out in (folder / "alone", spread)]
+    assert ids[0] == ids[1]
+    lots = [f"Place every content on level 2, lot {lot} of 3" for lot in range(3)]
+    deadline = time.monotonic() + 30
+    while sorted(task_runs(server, "Place every content on level 2, lot")) != lots:
         assert time.monotonic() < deadline, task_runs(server, "lot")
         time.sleep(0.5)

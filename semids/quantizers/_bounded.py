@@ -11,22 +11,17 @@ from numpy.typing import NDArray
 
 from semids.arrays import Codes, widen
 from semids.balance import Shares, fit_potentials, standard_deviation
+from semids.blocks import KeptBlocks, Take, count_blocks, read_costs
 from semids.capacity import COST_BYTES, MAX_ITERATIONS, RELATIVE_EPSILON, Bounds
 from semids.kmeans import sample_rows, training_budget
-from semids.prefixes import (
-    Take,
-    assign_level,
-    assign_within_bounds,
-    nearest_quantizer,
-    read_costs,
-    refit_jointly,
-    refit_last,
-)
+from semids.prefixes import assign_level, assign_within_bounds, nearest_quantizer
 from semids.progress import Progress
 from semids.quantizers._codebooks import read_prices, start_codebook
 from semids.quantizers._work import bounded_work, placed_work, settled_work
 from semids.quantizers.base import StepOutcome, Tensors, TrainingData, TrainingStep
+from semids.refits import refit_jointly, refit_last
 from semids.residual import PriceTable, prefix_numbers
+from semids.shards import EVERY
 
 ROUNDS = 12
 """Re-fits of all codebooks under the bounded assignment: on real product vectors, 2 leave 0.7 % of error over 24 of
@@ -86,6 +81,7 @@ def bounded_steps(
                 parameters={**common, "seed": seed},
                 run=_place_level,
                 work=partial(placed_work, level - 1, sizes, bounds),
+                lots=partial(count_blocks, size=sizes[level - 1]) if level > 1 else None,
                 needs=(*(("bounded", "settled") if level == len(sizes) > 1 else ("bounded",)), *placed),
             )
         )
@@ -160,8 +156,12 @@ def _place_level(
         _bounds(step),
         contents=contents,
         start=read_prices(needed["bounded"])[level],
+        kept=KeptBlocks(data.folder),
+        lot=data.lot,
         done=lambda rows: progress(step.title, rows, contents, "contents"),
     )
+    if data.lot != EVERY:
+        return StepOutcome({})
     evidence = {
         "share_moved": round(found.moved / contents, 6),
         "priced_prefixes": len(found.prices.prefixes),

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype
+from semids.blocks import Take
 from semids.free_ids import find_free_ids
 from semids.network import CHUNK_ROWS, Network
 from semids.parallel import in_order
-from semids.prefixes import Take
 from semids.quantizers.base import FrozenQuantizer, Tensors
 from semids.residual import ResidualCodebooks
 from semids.shards import ShardedArray

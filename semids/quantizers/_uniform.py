@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from semids.balance import COARSE_TOLERANCE, TOLERANCE, Potentials, fit_potentials, standard_deviation
 from semids.kmeans import sample_rows, training_budget
-from semids.prefixes import refit_jointly
 from semids.progress import Progress
 from semids.quantizers._codebooks import start_codebook
 from semids.quantizers._work import uniform_work
 from semids.quantizers.base import StepOutcome, Tensors, TrainingData, TrainingStep
+from semids.refits import refit_jointly
 from semids.residual import ResidualCodebooks
 
 REFIT_STEPS = 6

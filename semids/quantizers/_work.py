@@ -11,19 +11,13 @@ import numpy as np
 
 from semids.arrays import capacity_of, code_dtype
 from semids.balance import NEWTON_CODEWORDS, SINKHORN_STEPS_PER_NEWTON_STEP, fit_potentials, standard_deviation
+from semids.blocks import BLOCK_BYTES, READ_ROWS
 from semids.calibration import PROBE_ENTRIES, draw_rows, reading, taking
 from semids.capacity import COST_BYTES, ROWS_PER_CHILD, Bounds, Loads, cheapest_children
 from semids.kmeans import Lloyd, fit_codebook, training_budget
 from semids.parallel import AHEAD, thread_count
-from semids.prefixes import (
-    BLOCK_BYTES,
-    DENSE_CODEWORDS,
-    READ_ROWS,
-    SUM_BYTES,
-    assign_level,
-    nearest_quantizer,
-    refit_last,
-)
+from semids.prefixes import assign_level, nearest_quantizer
+from semids.refits import DENSE_CODEWORDS, SUM_BYTES, refit_last
 from semids.residual import CHUNK_ROWS, PART_ROWS, PRODUCT_BYTES, SCORE_BYTES
 from semids.shards import SHARD_ROWS
 from semids.work import Counts, Probe, Work

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, Vectors
+from semids.blocks import Take
 from semids.capacity import Bounds
 from semids.families import discover_members
 from semids.network import Network
-from semids.prefixes import Take
 from semids.progress import Progress
 from semids.settings import Settings
-from semids.shards import ShardedArray
+from semids.shards import EVERY, ShardedArray
 from semids.work import Counts, Work
 
 MappingName = Literal["nearest", "uniform", "capacity"]
@@ -48,6 +48,8 @@ class TrainingStep:
         version: stands for the code, where a changed line must not cost hours: to be raised when the outcome changes.
             0 takes the code itself.
         weighted: the outcome depends on how many items have each content, not only on which contents there are.
+        lots: returns, of so many contents, about how many parts the step has that can be made apart, by processes that
+            share `TrainingData.folder`, before it is run as a whole; see `TrainingData.lot`. None: it has no parts.
     """
 
     name: str
@@ -59,6 +61,7 @@ class TrainingStep:
     space: str = ""
     version: int = 0
     weighted: bool = False
+    lots: Callable[[int], int] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,14 @@ class TrainingData:
         rows: (n,) int64, sorted: the contents of the training split.
         weights: (n,) float32, how many items of the split have each; None: one each.
         folder: where a step may keep what a killed run goes on from; removed once the step is done. None: nowhere.
+        lot: which parts of a step that has several are made and kept, of the list of them; the outcome is then nothing.
     """
 
     vectors: ShardedArray
     rows: NDArray[np.int64]
     folder: Path | None = None
     weights: NDArray[np.float32] | None = None
+    lot: slice = field(default_factory=lambda: EVERY)
 
 
 class FrozenQuantizer(ABC):

@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from semids.arrays import Codes
+from semids.blocks import Take
 from semids.free_ids import find_free_ids
 from semids.kmeans import Lloyd, fit_codebook
-from semids.prefixes import Take
 from semids.progress import Progress
 from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors
 from semids.quantizers._codebooks import level_tensors, read_codebooks
