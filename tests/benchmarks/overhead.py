@@ -1,4 +1,4 @@
-"""Measure what Prefect, and Ray, add to a sweep: the same cells without them, in turns, in a process each.
+"""Measure what Prefect, and with `--ray` Ray, add to a sweep: the same cells without, in turns, in a process each.
 
 Run it with `python -m tests.benchmarks.overhead VECTORS.npy`; it writes `tests/benchmarks/overhead.json` and prints a
 table. Without Prefect, cells are run two at a time, as a sweep runs them. Interpreters, imports, the comparison of the
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     }
     record = Record(PART, common | {"catalogue": arguments.vectors.name, "cells_at_a_time": CELLS_AT_A_TIME})
     server = make_server(folder)
-    with server.running(), started_cluster(workers=2) as cluster:
+    # Its idle processes take a part of the processors, too.
+    cluster = started_cluster(workers=2) if arguments.ray else nullcontext("")
+    with server.running(), cluster as address:
+        contenders: list[tuple[str, list[str], dict[str, str]]] = [
+            (WITHOUT, ["tests.benchmarks.without_prefect", str(CELLS_AT_A_TIME)], {}),
+            (PREFECT, ["flows.sweep"], {}),
+        ]
+        if arguments.ray:
+            contenders.append((RAY, ["flows.sweep"], {"ray": address}))
         for turn in range(arguments.turns):
             ids: set[str] = set()
-            for name, command, changes in (
-                (WITHOUT, ["tests.benchmarks.without_prefect", str(CELLS_AT_A_TIME)], {}),
-                (PREFECT, ["flows.sweep"], {}),
-                (RAY, ["flows.sweep"], {"ray": cluster}),
-            ):
+            for name, command, changes in contenders:
                 out = folder / f"{name} {turn}"
                 config = folder / f"{name} {turn}.yaml"
                 config.write_text(yaml.safe_dump(common | changes | {"out": str(out)}))
@@ -116,6 +121,7 @@ def main() -> None:
     parser.add_argument("vectors", type=Path, help="an .npy of vectors")
     parser.add_argument("--shapes", nargs="+", default=["256x256x256", "128x128x128x128"], help="what to sweep")
     parser.add_argument("--turns", type=int, default=3, help="how often each contender runs")
+    parser.add_argument("--ray", action="store_true", help="run it on a Ray cluster of two workers, too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(arguments, Path(folder))
