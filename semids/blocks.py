@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from semids.arrays import Codes
 from semids.capacity import Costs
+from semids.errors import CorruptionError
 from semids.parallel import in_order, thread_count
 from semids.residual import PriceTable, ResidualCodebooks
+from semids.shards import EVERY
 from semids.store import FileRecord, check_file, commit, commit_sealed_json, read_sealed_json
 
 BLOCK_BYTES = 256 << 20
 """Costs of small groups that are held at a time; those of a larger group are computed a part at a time, each time."""
 READ_ROWS = 8192
 """Vectors read at a time."""
+
+log = logging.getLogger("semids")
 
 Result = TypeVar("Result")
 
@@ -31,9 +36,16 @@ Take = Callable[[NDArray[np.int64]], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of a prefix, ascending, and what returns the (m, K) costs of some of them, numbered from 0."""
+    """A prefix.
+
+    Args:
+        rows: its rows, ascending.
+        first: where in its block they begin.
+        costs: returns the (m, K) costs of some of them, numbered from 0.
+    """
 
     rows: NDArray[np.int64]
+    first: int
     costs: Costs
 
 
@@ -62,12 +74,13 @@ class Block:
         """Return the (m, K) costs of all rows, or None of a prefix that is too large."""
         return None if self.is_large else self.costs(np.arange(len(self.rows)))
 
-    def groups(self, dense: NDArray[np.float32] | None) -> list[Group]:
-        """Return the prefixes one by one, given what `read` returned."""
+    def groups(self, dense: NDArray[np.float32] | None, places: NDArray[np.int64] | None = None) -> list[Group]:
+        """Return the prefixes one by one, given what `read` returned; those at some places, or all."""
         if dense is None:
-            return [Group(self.rows, self.costs)]
-        marks = [*self.starts.tolist(), len(self.rows)]
-        return [Group(self.rows[a:b], dense[a:b].__getitem__) for a, b in itertools.pairwise(marks)]
+            return [Group(self.rows, 0, self.costs)]
+        bounds = np.stack([self.starts, self.starts + self.lengths], axis=1)
+        chosen = bounds if places is None else bounds[places]
+        return [Group(self.rows[a:b], a, dense[a:b].__getitem__) for a, b in chosen.tolist()]
 
 
 def count_blocks(rows: int, size: int) -> int:
@@ -108,7 +121,7 @@ def _costs_of(take: Take, quantizer: ResidualCodebooks, before: Codes, rows: NDA
 
 def over_groups(work: Callable[[Group], Result], groups: Sequence[Group]) -> Iterator[Result]:
     """Return `work(group)` for every group, in their order."""
-    # Few groups are large ones, each of which keeps all threads busy.
+    # Where there are fewer groups than threads, each keeps all threads busy by itself.
     return in_order(work, groups) if len(groups) >= thread_count() else map(work, groups)
 
 
@@ -146,27 +159,33 @@ class PlacedBlock:
 
 
 class KeptBlocks:
-    """Blocks that are done, in a folder: for a killed run to go on from, and for machines that share the folder."""
+    """Blocks that are done, in a folder: for a killed run to go on from, and for machines that share the folder.
 
-    def __init__(self, folder: Path | None) -> None:
-        """Use a folder; None keeps nothing."""
+    Args:
+        folder: None keeps nothing.
+        lot: which blocks are to be placed, of the list of them.
+    """
+
+    def __init__(self, folder: Path | None = None, lot: slice = EVERY) -> None:
         self._folder = folder
+        self.lot = lot
 
-    def find(self, number: int) -> PlacedBlock | None:
-        """Return a block that is done.
-
-        Raises:
-            CorruptionError: it was changed after it was written.
-        """
-        sealed = self._path(number, "json")
+    def find(self, number: int, rows: int) -> PlacedBlock | None:
+        """Return a block of so many rows that is done; one that was changed after it was written is not."""
+        sealed = self._path(number)
         if sealed is None or not sealed.exists():
             return None
-        facts = read_sealed_json(sealed)
         path = sealed.with_suffix(".safetensors")
-        check_file(path, FileRecord(**facts["record"]))
-        tensors = load_file(path)
+        try:
+            facts = read_sealed_json(sealed)
+            check_file(path, FileRecord(**facts["record"]))
+            tensors = load_file(path)
+        except (CorruptionError, SafetensorError) as error:
+            log.warning("a block of prefixes cannot be used, and is placed again: %s", error)
+            return None
         prices = PriceTable(tensors["prefixes"], tensors["values"])
-        return PlacedBlock(tensors["codes"], prices, facts["moved"], facts["converged"])
+        found = PlacedBlock(tensors["codes"], prices, facts["moved"], facts["converged"])
+        return found if len(found.codes) == rows else None
 
     def keep(self, number: int, block: PlacedBlock) -> None:
         """Commit a block.
@@ -174,12 +193,14 @@ class KeptBlocks:
         Raises:
             StorageError: the file system refused.
         """
-        sealed = self._path(number, "json")
+        sealed = self._path(number)
         if sealed is None:
             return
         tensors = {"codes": block.codes, "prefixes": block.prices.prefixes, "values": block.prices.values}
+        # An older seal beside newer tensors would look like corruption to a run that starts between the two.
+        sealed.unlink(missing_ok=True)
         record = commit(sealed.with_suffix(".safetensors"), lambda path: save_file(tensors, path))
         commit_sealed_json(sealed, {"record": vars(record), "moved": block.moved, "converged": block.converged})
 
-    def _path(self, number: int, suffix: str) -> Path | None:
-        return self._folder / f"block-{number:05d}.{suffix}" if self._folder is not None else None
+    def _path(self, number: int) -> Path | None:
+        return self._folder / f"block-{number:05d}.json" if self._folder is not None else None

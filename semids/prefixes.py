@@ -13,7 +13,6 @@ from semids.blocks import READ_ROWS, Block, Group, KeptBlocks, PlacedBlock, Take
 from semids.capacity import Bounds, GroupAssignment, Loads, assign_group
 from semids.parallel import in_order
 from semids.residual import PriceTable, ResidualCodebooks, prefix_numbers
-from semids.shards import EVERY
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ def assign_level(
     start: PriceTable | None = None,
     priced: bool = True,
     done: Callable[[int], None] = lambda rows: None,
-    kept: KeptBlocks = KeptBlocks(None),  # noqa: B008
-    lot: slice = EVERY,
+    kept: KeptBlocks = KeptBlocks(),  # noqa: B008
 ) -> BoundedLevel:
     """Give every row a code on the next level so that no prefix has more or fewer rows than its IDs may.
 
@@ -57,8 +55,8 @@ def assign_level(
         start: prices to begin from, from codebooks close to these.
         priced: False leaves the prices of small groups at zero.
         done: called with the number of rows that have their code.
-        kept: blocks of prefixes that are done, and where the others are kept.
-        lot: which blocks are placed, of the list of them; the codes of others' rows are 0.
+        kept: blocks of prefixes that are done, and where the others are kept; the codes of rows of blocks that are not
+            of its lot are 0.
     """
     rows, level = before.shape
     sizes = quantizer.sizes
@@ -70,9 +68,9 @@ def assign_level(
     tables: list[PriceTable] = []
     moved, finished, converged = 0, 0, True
     blocks = blocks_of(take, quantizer, before, placer.prefixes)
-    for number in range(len(blocks))[lot]:
+    for number in range(len(blocks))[kept.lot]:
         block = blocks[number]
-        placed = kept.find(number)
+        placed = kept.find(number, len(block.rows))
         if placed is None:
             placed = placer.place(block, lambda rows, before=finished: done(before + rows))
             kept.keep(number, placed)
@@ -108,20 +106,19 @@ class _Placer:
     def place(self, block: Block, done: Callable[[int], None]) -> PlacedBlock:
         """Return the codes of a block's rows; `done` is called with how many have theirs."""
         dense = block.read()
-        groups, starts = block.groups(dense), block.starts.tolist()
         codes = np.zeros(len(block.rows), np.int64)
         found: dict[int, NDArray[np.float32]] = {}
         moved, finished, converged = 0, 0, True
-        if dense is not None and len(groups) > 1:
+        left: NDArray[np.int64] | None = None
+        if dense is not None and len(block.starts) > 1:
             # Most prefixes are small and need no more than their nearest codewords: all of them at once.
             codes, fits = _nearest_within(dense, block.lengths, self.loads)
             if self.start is not None:
                 fits &= ~np.isin(self.prefixes[block.rows[block.starts]], self.start.prefixes)
-            left = np.flatnonzero(~fits).tolist()
-            groups, starts = [groups[place] for place in left], [starts[place] for place in left]
-            finished = int(block.lengths[fits].sum())
-        for first, group, outcome in zip(starts, groups, over_groups(self._assign, groups), strict=True):
-            codes[first : first + len(group.rows)] = outcome.codes
+            left, finished = np.flatnonzero(~fits), int(block.lengths[fits].sum())
+        groups = block.groups(dense, left)
+        for group, outcome in zip(groups, over_groups(self._assign, groups), strict=True):
+            codes[group.first : group.first + len(group.rows)] = outcome.codes
             moved += outcome.moved
             converged &= outcome.converged
             if self.keeps_prices and outcome.prices.any():

@@ -43,7 +43,7 @@ def cell_runner(config: CommonConfig) -> AbstractContextManager[Runner]:
     return _on_ray(config.ray) if config.ray else cast("Runner", ThreadPoolTaskRunner(CELLS_AT_A_TIME))
 
 
-def spread_shards(config: CommonConfig, stage: Stage, *, uses_gpu: bool) -> None:
+def spread_shards(config: CommonConfig, stage: Stage, *, uses_gpu: bool, lots_per_slot: int = LOTS_PER_SLOT) -> None:
     """Have a cluster make the shards of a stage that are missing, if there is one and the stage is made of several."""
     folder = Path(config.out)
     if not config.ray or stage.shards < 2 or peek_stage(folder, stage) is not None:
@@ -55,7 +55,7 @@ def spread_shards(config: CommonConfig, stage: Stage, *, uses_gpu: bool) -> None
         slots = ray.cluster_resources()
         on_gpus = uses_gpu and slots.get("GPU", 0) >= 1
         options: AbstractContextManager[Any] = remote_options(num_gpus=1) if on_gpus else nullcontext()
-        lots = min(stage.shards, LOTS_PER_SLOT * int(slots["GPU" if on_gpus else "CPU"]))
+        lots = min(stage.shards, lots_per_slot * int(slots["GPU" if on_gpus else "CPU"]))
         with options:
             futures = [
                 runner.submit(make_lot, {"folder": str(folder.resolve()), "stage": stage, "lot": lot, "lots": lots})

@@ -67,10 +67,13 @@ def make_vectors(config: BuildConfig | SweepConfig, items: Ref) -> Ref:
 def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
     """Train the quantizer step by step, and freeze it into a model; one that has no room is refused first."""
     pipeline.check_sizes(config, items)
-    run = checking_runner(
-        [config], lambda stage: _run(config, stage, hours=72, tag="training", gpu=True), made=[items, vectors]
-    )
-    return pipeline.train_quantizer(config, items, vectors, run)
+
+    def run(stage: Stage) -> Ref:
+        # Prefixes are placed by processors, for the most part, and each lot of them reads all vectors.
+        spread_shards(config, stage, uses_gpu=False, lots_per_slot=1)
+        return _run_here(config, stage, hours=72, tag="training", gpu=True)
+
+    return pipeline.train_quantizer(config, items, vectors, checking_runner([config], run, made=[items, vectors]))
 
 
 def encode_vectors(config: CommonConfig, items: Ref, vectors: Ref, model: Ref) -> Ref:
@@ -103,4 +106,8 @@ def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, code
 
 def _run(config: CommonConfig, stage: Stage, *, hours: float, tag: str, gpu: bool = False) -> Ref:
     spread_shards(config, stage, uses_gpu=gpu)
+    return _run_here(config, stage, hours=hours, tag=tag, gpu=gpu)
+
+
+def _run_here(config: CommonConfig, stage: Stage, *, hours: float, tag: str, gpu: bool) -> Ref:
     return run_as_task(config.out, stage, hours=hours, tags=(tag, *(GPU if gpu else ())))

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.numpy import load_file
 from small_runs import published
 
 from semids import kmeans, network, residual
@@ -15,6 +16,7 @@ from semids.cli import main
 from semids.device import DeviceCodebooks, DeviceLloyd, DeviceNetwork, accelerator
 from semids.kmeans import Lloyd, fit_codebook
 from semids.network import Network
+from semids.quantizers.rqvae import Rqvae
 from semids.residual import PriceTable, ResidualCodebooks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,6 +80,7 @@ def test_what_rows_become_is_what_numpy_makes_of_them(
     weights = tuple(rng.normal(size=shape).astype(np.float32) for shape in ((24, 40), (40, 12), (12, 7)))
     made = Network(weights, tuple(rng.normal(size=len(weight.T)).astype(np.float32) for weight in weights))
     rows = vectors.astype(dtype)
+    monkeypatch.setattr(network, "accelerator", lambda: None)
     expected = made.apply(rows)
     monkeypatch.setattr("semids.device.DEVICE_SCORE_BYTES", 8 * 40 * 100)
     found = DeviceNetwork(made.weights, made.biases, DEVICE).apply(rows)
@@ -138,6 +141,30 @@ def test_a_run_on_a_device_gives_ids_within_the_same_bounds(
         level = ids.group_by("c0").len()["len"]
         assert level.min() >= 0.8 * len(ids) / 8
     assert len(loads) > 100
+
+
+def test_an_rqvae_encodes_by_a_device_as_it_does_by_the_processor(
+    on_device: None, tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = tmp_path / "vectors.npy"
+    np.save(catalogue, vectors.astype(np.float16))
+    settings = {"layers": "[16]", "e_dim": 8, "batch_size": 256, "epochs": 4, "warmup_epochs": 1, "kmeans_iters": 3}
+    sets = [part for name, value in settings.items() for part in ("--set", f"options.rqvae.{name}={value}")]
+    asked: list[int] = []
+    apply = DeviceNetwork.apply
+    monkeypatch.setattr(DeviceNetwork, "apply", lambda self, rows: asked.append(len(rows)) or apply(self, rows))
+    run = ["tokenize", str(catalogue), "--shape", "8x8x8", "--quantizer", "rqvae", "--out", str(tmp_path / "run")]
+    assert main([*run, *sets]) == 0
+    assert sum(asked) >= 2 * len(np.unique(vectors.astype(np.float16), axis=0))  # to latent vectors, and back
+    (model,) = (tmp_path / "run" / "stages").glob("model-*")
+    quantizer = Rqvae.freeze(load_file(model / "tensors.safetensors"))
+    codes = quantizer.encode(vectors)
+    errors = quantizer.squared_errors(vectors, codes)
+    for module in (residual, network):
+        monkeypatch.setattr(module, "accelerator", lambda: None)
+    by_processor = Rqvae.freeze(load_file(model / "tensors.safetensors"))
+    assert (by_processor.encode(vectors) != codes).any(axis=1).sum() <= 2  # near-ties; seen: 0
+    assert np.allclose(by_processor.squared_errors(vectors, codes), errors, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_driver_the_processor_does_it() -> None:

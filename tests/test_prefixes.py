@@ -1,21 +1,23 @@
 """Codes within bounds at every depth, and codebooks re-fitted to them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semids import blocks, capacity, prefixes
+from semids import blocks, capacity, pipeline, prefixes
 from semids.arrays import capacity_of
 from semids.blocks import KeptBlocks
 from semids.capacity import Bounds, Loads, resolve_bounds
-from semids.errors import CorruptionError
+from semids.config import BuildConfig, make_config
 from semids.prefixes import BoundedLevel, assign_within_bounds
 from semids.refits import refit_jointly
 from semids.residual import PriceTable, ResidualCodebooks
 from semids.shards import EVERY
+from semids.stages import Ref, Stage, make_shards, run_stage
 
 
 def make_codebooks(sizes: tuple[int, ...], dimensions: int, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -129,7 +131,7 @@ def level_of(vectors: np.ndarray, folder: Path | None = None, lot: slice = EVERY
     before = quantizer.assign(vectors)[:, :1].astype(np.uint8)
     bounds = Bounds(0, int(np.bincount(before[:, 0]).max()) // 8 + 1)
     return prefixes.assign_level(
-        lambda some: vectors[some], quantizer, before, bounds, contents=len(vectors), kept=KeptBlocks(folder), lot=lot
+        lambda some: vectors[some], quantizer, before, bounds, contents=len(vectors), kept=KeptBlocks(folder, lot)
     )
 
 
@@ -163,8 +165,8 @@ def test_small_prefixes_are_placed_together_as_they_are_one_by_one(
     assert equal_levels(level_of(vectors), together)
 
 
-def test_blocks_that_are_done_are_not_placed_again(
-    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_blocks_that_are_done_are_not_placed_again_but_where_they_are_damaged(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 8 * 60)
     whole = level_of(vectors)
@@ -172,9 +174,67 @@ def test_blocks_that_are_done_are_not_placed_again(
     for lot in range(3):
         level_of(vectors, tmp_path / "lots", slice(lot, None, 3))
     assert len(list((tmp_path / "lots").glob("*.json"))) > 6
-    monkeypatch.setattr(prefixes._Placer, "place", None)
+    placed: list[int] = []
+    place = prefixes._Placer.place
+
+    def watched(placer: Any, block: Any, done: Any) -> Any:
+        placed.append(len(block.rows))
+        return place(placer, block, done)
+
+    monkeypatch.setattr(prefixes._Placer, "place", watched)
     assert equal_levels(level_of(vectors, tmp_path / "lots"), whole)
+    assert placed == []
     damaged = tmp_path / "lots" / "block-00002.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    with pytest.raises(CorruptionError, match="block-00002"):
-        level_of(vectors, tmp_path / "lots")
+    (tmp_path / "lots" / "block-00004.json").unlink()
+    assert equal_levels(level_of(vectors, tmp_path / "lots"), whole)
+    assert len(placed) == 2
+    assert "a block of prefixes cannot be used, and is placed again: " in caplog.text
+    assert equal_levels(level_of(vectors, tmp_path / "lots"), whole)
+    assert len(placed) == 2
+
+
+def test_a_level_made_in_lots_is_the_level_made_at_once(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As machines that share the folder make it: each a lot, and one of them the whole, of what the lots left."""
+    np.save(tmp_path / "vectors.npy", vectors)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 16 * 100)
+    kept: dict[str, int] = {}
+    place = prefixes._Placer.place
+
+    def build(name: str, *, lots: int) -> Ref:
+        config = make_config(
+            BuildConfig,
+            {
+                "catalogue": {"path": str(tmp_path / "vectors.npy")},
+                "shape": "8x16x32",
+                "mapping": "capacity",
+                "options": {"residual_kmeans": {"restarts": 1, "iterations": 2}},
+                "out": str(tmp_path / name),
+            },
+            source="the test",
+        )
+        out = Path(config.out)
+
+        def run(stage: Stage) -> Ref:
+            if not lots or stage.shards == 1 or "placed" not in stage.name:
+                return run_stage(out, stage)
+            for lot in range(lots):
+                make_shards(out, stage, lot=lot, lots=lots)
+            (folder,) = out.glob(f"stages/{stage.name}-*")
+            kept[stage.name] = len(list(folder.glob(".kept-training/block-*.json")))
+            prefixes._Placer.place = None
+            try:
+                return run_stage(out, stage)
+            finally:
+                prefixes._Placer.place = place
+                assert not list(folder.glob(".kept-*"))
+
+        items = run(pipeline.scan_catalogue(config))
+        return pipeline.train_quantizer(config, items, run(pipeline.make_vectors(config, items)), run)
+
+    alone, shared = build("alone", lots=0), build("shared", lots=3)
+    assert alone.digest == shared.digest
+    assert set(kept) == {"train-placed-2", "train-placed-3"}
+    assert min(kept.values()) > 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from semids.quantizers import _rqvae_layers
 from semids.quantizers._ranks import Ranks
-from semids.quantizers._rqvae_layers import Layer, squared_distances, sum_by_code
+from semids.quantizers._rqvae_layers import Layer, SquaredError, squared_distances, sum_by_code
 from semids.quantizers._rqvae_model import Objective, RqvaeModel
 from semids.quantizers._sinkhorn import sinkhorn_codes
 from tests.published_rqvae import PublishedRqvae, copy_weights, published_sinkhorn
@@ -133,6 +133,13 @@ def test_more_iterations_bring_the_loads_closer_together() -> None:
     )
     assert many <= 1.4 * 200  # seen: 257
     assert few >= 2 * many
+
+
+def test_the_squared_error_of_a_large_batch_keeps_its_digits() -> None:
+    """Guard: sums row by row. One float32 sum of so many numbers is 0.1 % too small on the CPU."""
+    values = torch.randn((16_384, 1024), generator=torch.Generator().manual_seed(0))
+    error: torch.Tensor = SquaredError.apply(values, torch.zeros(()))
+    assert error.item() == pytest.approx(float(values.double().square().sum()), rel=1e-5)
 
 
 def test_the_gradient_of_a_codebook_is_the_sum_over_its_rows() -> None:

@@ -333,7 +333,7 @@ WATCHED: list[dict[str, Any]] = [
     {"sk_epsilons": (0.0, 0.05), "kmeans_init": False, "lr_scheduler": "cosine", "epochs": 10, "sizes": (64, 32)},
 ]
 STORED: dict[int, list[list[float]]] = {
-    1: [[-0.423284, -0.205458, 0.230732, 0.997247, 0.117981], [-0.423215, -0.204237, 0.23714, 0.983052, 0.046884]]
+    2: [[-0.423284, -0.205458, 0.230732, 0.997247, 0.117981], [-0.423215, -0.204237, 0.23714, 0.983052, 0.046884]]
 }
 
 
@@ -354,7 +354,7 @@ def test_the_version_is_raised_when_trained_networks_change(
 # with its steps.
 WATCHED_DECODERS: list[dict[str, Any]] = [{"epochs": 30}, {"epochs": 30, "batch_size": 1}]
 STORED_DECODERS: dict[int, list[list[float]]] = {
-    1: [[-0.222253, -0.37859, -0.05683, 0.830642], [-0.160892, -0.309205, 0.000755, 0.667171]],
+    2: [[-0.222253, -0.37859, -0.05683, 0.830642], [-0.160892, -0.309205, 0.000755, 0.667171]],
 }
 
 

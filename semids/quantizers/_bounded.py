@@ -156,8 +156,7 @@ def _place_level(
         _bounds(step),
         contents=contents,
         start=read_prices(needed["bounded"])[level],
-        kept=KeptBlocks(data.folder),
-        lot=data.lot,
+        kept=KeptBlocks(data.folder, data.lot),
         done=lambda rows: progress(step.title, rows, contents, "contents"),
     )
     if data.lot != EVERY:

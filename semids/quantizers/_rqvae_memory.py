@@ -61,6 +61,9 @@ def training_device_bytes(sizes: Sequence[int], settings: RqvaeSettings, vectors
     held = min(round(_rqvae_rows.HELD_OUT_SHARE * rows), _rqvae_rows.MOST_HELD_OUT) or rows
     judged = min(batch, held)
     judging = judged * stored + 4 * min(judged, EVALUATION_ROWS) * max(5 * d, d + widest, *sizes)
+    if any(settings.sk_epsilons):
+        # How training would assign them, which is asked of a whole batch.
+        judging = max(judging, judged * (stored + 4 * d + 4 * max(widest, 4 * settings.e_dim + 2 * max(sizes))))
     step = step_bytes(sizes, settings, vectors, -(-batch // settings.processes))
     revived = passed(min(max(REVIVAL_ROWS, *sizes), rows))
     most = max(
@@ -74,8 +77,8 @@ def step_bytes(sizes: Sequence[int], settings: RqvaeSettings, vectors: ShardLayo
 
     They are the rows as they come, standardised, and as products take them, in 2 bytes; what every layer of the encoder
     makes of them; what is left over before each level, and codes; then either the distances to the codewords of a
-    level, of which balanced assignment keeps a second matrix where it has no pass of its own, or what the decoder's
-    layers make of the codewords, how far that is from the rows, and its gradient.
+    level, of which balanced assignment keeps a second matrix, or what the decoder's layers make of the codewords, how
+    far that is from the rows, and its gradient.
     """
     d, layers, e = vectors.columns, 2 * sum(settings.layers), settings.e_dim
     encoded = vectors.row_bytes + 6 * d + layers + 4 * (len(sizes) + 5) * e + 8 * len(sizes)

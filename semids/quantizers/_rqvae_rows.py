@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,9 +80,6 @@ class StreamedRows:
 
     def __init__(self, vectors: ShardedArray, rows: NDArray[np.int64], device: torch.device) -> None:
         self._vectors, self._rows, self._device = vectors, rows, device
-        if device.type == "cuda":
-            self._readers = ThreadPoolExecutor(min(READERS, thread_count()))
-            self._copies = torch.cuda.Stream(device)
 
     def read(self, places: NDArray[np.int64]) -> Tensor:
         """Return the rows as they are stored."""
@@ -95,14 +93,26 @@ class StreamedRows:
             part = slice(start, start + READ_ROWS)
             self._vectors.take(rows[part], out=found[part].numpy())
 
-        for _ in self._readers.map(fetch, range(0, len(rows), READ_ROWS)):
+        for _ in _readers().map(fetch, range(0, len(rows), READ_ROWS)):
             pass  # What a thread raised is raised here.
-        with torch.cuda.stream(self._copies):
+        copies = _copies(self._device)
+        with torch.cuda.stream(copies):
             copied = found.to(self._device, non_blocking=True)
-        self._copies.synchronize()
+        copies.synchronize()
         # Its memory is not for another copy while what computes with it waits for its turn.
         copied.record_stream(torch.cuda.default_stream(self._device))
         return copied
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(READERS, thread_count()))
+
+
+@functools.cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream that rows are copied on: PyTorch never gives what another had to a new one."""
+    return torch.cuda.Stream(device)
 
 
 class ResidentRows:
@@ -129,6 +139,8 @@ def open_rows(vectors: ShardedArray, rows: NDArray[np.int64], device: torch.devi
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        # What PyTorch holds and does not use is free, too.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if fits_device(len(rows) * vectors.layout.row_bytes, needed, free):
             return ResidentRows(vectors, rows, device)
     return StreamedRows(vectors, rows, device)

@@ -215,7 +215,7 @@ class _Trainer:
         norm = find_gradients(training.model, training.optimizer, losses, parts=self.ranks.world)
         counts = [count_codes(losses.codes[:, level], len(each)) for level, each in enumerate(training.counts)]
         shared = self.ranks.sum(torch.cat([losses.reconstruction[None], losses.quantization[None], *counts]).double())
-        # A device is waited for once a step.
+        # Besides balanced assignment, the one place in a step that waits for a device.
         *parts, norm = torch.cat([shared[:2], norm[None].double()]).tolist()
         if not all(map(math.isfinite, (norm, *parts))):
             first = state.step * p.batch_size

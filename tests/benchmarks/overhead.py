@@ -39,7 +39,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     common = {
         "catalogue": {"path": str(arguments.vectors.resolve())},
         "shapes": arguments.shapes,
-        "mappings": ["nearest", "capacity"],
+        "mappings": arguments.mappings,
     }
     record = Record(PART, common | {"catalogue": arguments.vectors.name, "cells_at_a_time": CELLS_AT_A_TIME})
     server = make_server(folder)
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.overhead", description=__doc__)
     parser.add_argument("vectors", type=Path, help="an .npy of vectors")
     parser.add_argument("--shapes", nargs="+", default=["256x256x256", "128x128x128x128"], help="what to sweep")
+    parser.add_argument("--mappings", nargs="+", default=["nearest", "capacity"], help="under which")
     parser.add_argument("--turns", type=int, default=3, help="how often each contender runs")
     parser.add_argument("--ray", action="store_true", help="run it on a Ray cluster of two workers, too")
     arguments = parser.parse_args()
