@@ -136,8 +136,8 @@ class CommonConfig(Settings):
     copy_to: str = Field("", title="Copy results to")
     """URL of a folder, such as s3://bucket/semantic-ids, that gets copies of the results too. Empty: none."""
     ray: str = Field("", title="Ray cluster")
-    """Spreads the shards of vectors and codes, the placing of contents under capacity, and the cells of a sweep over the
-    machines of a Ray cluster where the run folder has the same path: its address, such as ray://10.0.0.1:10001, or
+    """Spreads the shards of vectors and codes, the placing of contents under capacity, and the cells of a sweep over
+    the machines of a Ray cluster where the run folder has the same path: its address, such as ray://10.0.0.1:10001, or
     auto for the one that this machine belongs to. Empty: this machine alone."""
 
     @field_validator("out")
