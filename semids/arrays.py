@@ -94,7 +94,7 @@ def unusable_rows(vectors: Vectors) -> NDArray[np.int64]:
 def _unusable_rows(vectors: Vectors) -> NDArray[np.int64]:
     doubtful = np.arange(len(vectors))
     with np.errstate(over="ignore", invalid="ignore"):
-        if vectors.dtype in (np.float16, np.float32):
+        if vectors.dtype.name in ("float16", "float32"):
             # Faster, and enough for rows that are far within the bounds.
             rows = vectors if vectors.dtype == np.float32 else widen(vectors, out=np.empty(vectors.shape, np.float32))
             squares = np.einsum("nd,nd->n", rows, rows)
