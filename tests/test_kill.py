@@ -95,7 +95,8 @@ def finished_files(run: Path) -> dict[Path, tuple[int, int]]:
         return {}
     for folder in (run / "stages").glob("[!.]*"):
         if (folder / "manifest.json").exists():
-            kept += folder.iterdir()
+            # What an interrupted run would have gone on from goes once the stage is done.
+            kept += [path for path in folder.iterdir() if path.name[0] != "."]
             continue
         for sidecar in folder.glob("*-[0-9]*.json"):
             kept += [sidecar, sidecar.with_suffix(".npy")]

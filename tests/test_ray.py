@@ -102,7 +102,7 @@ def test_prefixes_are_placed_on_a_cluster_as_one_process_places_them(server: Ser
     spread = run_flow(server, "build", values | {"ray": cluster}, name="placed")
     ids = [(published(out) / "semantic_ids.parquet").read_bytes() for out in (folder / "alone", spread)]
     assert ids[0] == ids[1]
-    lots = [f"Place every content on level 2, lot {lot} of 3" for lot in range(3)]
+    lots = [f"Place every content on level 2, lot {lot} of 2" for lot in range(2)]
     deadline = time.monotonic() + 30
     while sorted(task_runs(server, "Place every content on level 2, lot")) != lots:
         assert time.monotonic() < deadline, task_runs(server, "lot")
