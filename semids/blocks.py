@@ -142,12 +142,12 @@ def read_costs(take: Take, quantizer: ResidualCodebooks, before: Codes, rows: ND
 
 
 @dataclass(frozen=True)
-class PlacedBlock:
-    """What came of a block.
+class Placement:
+    """Codes of rows on one level, of which every prefix is within its bounds, and how they came about.
 
     Args:
-        codes: (m,) of its rows, in their order, in the smallest unsigned type.
-        prices: of its prefixes, where there are any.
+        codes: (n,) of the rows of a block, in its order, or of all rows, in the smallest unsigned type.
+        prices: with them, later rows get close to the same loads.
         moved: rows that rounding put elsewhere than the prices alone would.
         converged: all prices met their bounds before rounding.
     """
@@ -170,7 +170,7 @@ class KeptBlocks:
         self._folder = folder
         self.lot = lot
 
-    def find(self, number: int, rows: int) -> PlacedBlock | None:
+    def find(self, number: int, rows: int) -> Placement | None:
         """Return a block of so many rows that is done; one that was changed after it was written is not."""
         sealed = self._path(number)
         if sealed is None or not sealed.exists():
@@ -184,10 +184,10 @@ class KeptBlocks:
             log.warning("a block of prefixes cannot be used, and is placed again: %s", error)
             return None
         prices = PriceTable(tensors["prefixes"], tensors["values"])
-        found = PlacedBlock(tensors["codes"], prices, facts["moved"], facts["converged"])
+        found = Placement(tensors["codes"], prices, facts["moved"], facts["converged"])
         return found if len(found.codes) == rows else None
 
-    def keep(self, number: int, block: PlacedBlock) -> None:
+    def keep(self, number: int, block: Placement) -> None:
         """Commit a block.
 
         Raises:

@@ -9,27 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, capacity_of, code_dtype
-from semids.blocks import READ_ROWS, Block, Group, KeptBlocks, PlacedBlock, Take, blocks_of, over_groups
+from semids.blocks import READ_ROWS, Block, Group, KeptBlocks, Placement, Take, blocks_of, over_groups
 from semids.capacity import Bounds, GroupAssignment, Loads, assign_group
 from semids.parallel import in_order
 from semids.residual import PriceTable, ResidualCodebooks, prefix_numbers
-
-
-@dataclass(frozen=True)
-class BoundedLevel:
-    """Codes of one level, of which every prefix is within its bounds, and how they came about.
-
-    Args:
-        codes: (n,), in the smallest unsigned type of the shape.
-        prices: with them, later rows get close to the same loads.
-        moved: rows that rounding put elsewhere than the prices alone would.
-        converged: all prices met their bounds before rounding.
-    """
-
-    codes: Codes
-    prices: PriceTable
-    moved: int
-    converged: bool
 
 
 def assign_level(
@@ -43,7 +26,7 @@ def assign_level(
     priced: bool = True,
     done: Callable[[int], None] = lambda rows: None,
     kept: KeptBlocks = KeptBlocks(),  # noqa: B008
-) -> BoundedLevel:
+) -> Placement:
     """Give every row a code on the next level so that no prefix has more or fewer rows than its IDs may.
 
     Within a prefix, rows are assigned as `capacity.assign_group` does. A prefix was given no more rows than the IDs
@@ -80,7 +63,7 @@ def assign_level(
         converged &= placed.converged
         finished += len(block.rows)
         done(finished)
-    return BoundedLevel(codes, _concatenate(tables, sizes[level]), moved, converged)
+    return Placement(codes, _concatenate(tables, sizes[level]), moved, converged)
 
 
 @dataclass(frozen=True)
@@ -103,7 +86,7 @@ class _Placer:
     priced: bool
     keeps_prices: bool
 
-    def place(self, block: Block, done: Callable[[int], None]) -> PlacedBlock:
+    def place(self, block: Block, done: Callable[[int], None]) -> Placement:
         """Return the codes of a block's rows; `done` is called with how many have theirs."""
         dense = block.read()
         codes = np.zeros(len(block.rows), np.int64)
@@ -126,7 +109,7 @@ class _Placer:
             finished += len(group.rows)
             done(finished)
         table = _table(found, self.children)
-        return PlacedBlock(codes.astype(code_dtype((self.children,))), table, moved, converged)
+        return Placement(codes.astype(code_dtype((self.children,))), table, moved, converged)
 
     def _assign(self, group: Group) -> GroupAssignment:
         rows = len(group.rows)
@@ -156,7 +139,7 @@ class BoundedCodes:
     """(n, L) codes of which every prefix is within its bounds, and the levels they were found by."""
 
     codes: Codes
-    levels: tuple[BoundedLevel, ...]
+    levels: tuple[Placement, ...]
 
     @property
     def prices(self) -> tuple[PriceTable, ...]:
@@ -177,7 +160,7 @@ def assign_within_bounds(
     """Give every row a code on every level, as `assign_level` does, from the first level down."""
     quantizer = nearest_quantizer(codebooks)
     codes = np.zeros((rows, len(codebooks)), dtype=code_dtype(quantizer.sizes))
-    levels: list[BoundedLevel] = []
+    levels: list[Placement] = []
     for level in range(len(codebooks)):
         before = start[level] if start is not None else None
         found = assign_level(take, quantizer, codes[:, :level], bounds, contents=contents, start=before, priced=priced)

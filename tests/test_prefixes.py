@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from semids import blocks, capacity, pipeline, prefixes
 from semids.arrays import capacity_of
-from semids.blocks import KeptBlocks
+from semids.blocks import KeptBlocks, Placement
 from semids.capacity import Bounds, Loads, resolve_bounds
 from semids.config import BuildConfig, make_config
-from semids.prefixes import BoundedLevel, assign_within_bounds
+from semids.prefixes import assign_within_bounds
 from semids.refits import refit_jointly
 from semids.residual import PriceTable, ResidualCodebooks
 from semids.shards import EVERY
@@ -124,7 +124,7 @@ def test_prices_are_found_by_their_prefix() -> None:
     assert costs.tolist() == [[-3, -4], [0, 0], [-1, -2], [0, 0]]
 
 
-def level_of(vectors: np.ndarray, folder: Path | None = None, lot: slice = EVERY) -> BoundedLevel:
+def level_of(vectors: np.ndarray, folder: Path | None = None, lot: slice = EVERY) -> Placement:
     """The second level of two, in blocks of a few prefixes each; the loads of some of them are beyond their bounds."""
     books = make_codebooks((40, 8), 24)
     quantizer = prefixes.nearest_quantizer(books)
@@ -135,7 +135,7 @@ def level_of(vectors: np.ndarray, folder: Path | None = None, lot: slice = EVERY
     )
 
 
-def equal_levels(one: BoundedLevel, other: BoundedLevel) -> bool:
+def equal_levels(one: Placement, other: Placement) -> bool:
     tables = [(level.codes, level.prices.prefixes, level.prices.values) for level in (one, other)]
     same = all(np.array_equal(left, right) for left, right in zip(*tables, strict=True))
     return same and (one.moved, one.converged) == (other.moved, other.converged)
