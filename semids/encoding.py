@@ -19,6 +19,7 @@ from semids.errors import UsageError
 from semids.fingerprints import code_digest, method_code
 from semids.free_ids import check_room
 from semids.known import KnownCodes, known_files, later_file, write_known
+from semids.parser import open_npy
 from semids.pipeline import contents_digest, make_stage, read_quantizer
 from semids.semantic_ids import number_equal_ids, vocabulary, write_ids, write_tokens
 from semids.shards import ShardLayout
@@ -77,7 +78,7 @@ def _encode(items: Ref, vectors: Ref, model: Ref, unique: bool, output: StageOut
 
     def shard_errors(start: int, stop: int) -> NDArray[np.float32]:
         shard = start // layout.shard_rows
-        codes: Codes = np.load(output.folder / f"codes-{shard:05d}.npy", allow_pickle=False)
+        codes: Codes = open_npy(output.folder / f"codes-{shard:05d}.npy")
         return quantizer.squared_errors(array.shard(shard), codes)
 
     errors = ShardLayout(rows, levels, "float32", array.layout.shard_rows)

@@ -6,13 +6,13 @@ import ast
 import functools
 import hashlib
 import importlib.util
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from semids.parser import parsing
 
 PACKAGE = "semids"
 INFRASTRUCTURE = frozenset(
@@ -24,6 +24,7 @@ INFRASTRUCTURE = frozenset(
         "fingerprints",
         "memory",
         "parallel",
+        "parser",
         "progress",
         "quantizers._rqvae_memory",
         "settings",
@@ -39,12 +40,6 @@ MODULE = "*"
 UNNAMED = ""
 """Stands for the statements of a module that define no name."""
 
-# CPython 3.11 counts the recursion of its parser in one place for all threads (a sweep's cells are threads), and
-# now and then fails with "AST constructor recursion depth mismatch". The lock keeps this module's threads apart; where
-# another library's thread parses meanwhile, trying again does.
-_parsing = threading.Lock()
-PARSER_TRIES = 10
-
 
 def code_digest(*functions: Callable[..., Any]) -> dict[str, str]:
     """Return a digest, 16 hex digits, of what the functions reach in each semids module, by module.
@@ -53,8 +48,16 @@ def code_digest(*functions: Callable[..., Any]) -> dict[str, str]:
     in turn; a class counts whole. What they are handed (a member of a family) is to be given as a function, too.
     A method reaches the methods and values of its class that it names, and the bases of the class.
     """
-    with _parsing:
-        return _code_digest(functions)
+    reached: dict[str, dict[str, str]] = defaultdict(dict)
+    waiting = [(function.__module__, function.__qualname__) for function in functions]
+    while waiting:
+        module, name = _resolve(*waiting.pop())
+        if not module.startswith(f"{PACKAGE}.") or module in INFRASTRUCTURE or name in reached[module]:
+            continue
+        definition = _definition(module, name)
+        reached[module][name] = definition.digest
+        waiting += definition.names
+    return {module: _sha256(sorted(reached[module].items())) for module in sorted(reached) if reached[module]}
 
 
 def method_code(member: type, method: Callable[..., Any]) -> list[Callable[..., Any]]:
@@ -69,19 +72,6 @@ def method_code(member: type, method: Callable[..., Any]) -> list[Callable[..., 
     named = method.__module__, method.__qualname__.rpartition(".")[0]
     defining = next((owner for owner in member.__mro__ if (owner.__module__, owner.__qualname__) == named), object)
     return [method, *(owner for owner in member.__mro__ if owner not in defining.__mro__)]
-
-
-def _code_digest(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
-    reached: dict[str, dict[str, str]] = defaultdict(dict)
-    waiting = [(function.__module__, function.__qualname__) for function in functions]
-    while waiting:
-        module, name = _resolve(*waiting.pop())
-        if not module.startswith(f"{PACKAGE}.") or module in INFRASTRUCTURE or name in reached[module]:
-            continue
-        definition = _definition(module, name)
-        reached[module][name] = definition.digest
-        waiting += definition.names
-    return {module: _sha256(sorted(reached[module].items())) for module in sorted(reached) if reached[module]}
 
 
 @dataclass(frozen=True)
@@ -110,21 +100,13 @@ def _resolve(module: str, name: str) -> tuple[str, str]:
     return module, name
 
 
-def _parse(text: str) -> ast.Module:
-    for _ in range(PARSER_TRIES - 1):
-        try:
-            return ast.parse(text)
-        except SystemError:
-            time.sleep(0.01)
-    return ast.parse(text)
-
-
 @functools.cache
 def _source(module: str) -> _Source:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise AssertionError(f"module {module} has no source file")
-    tree = _Bare().visit(_parse(Path(spec.origin).read_text(encoding="utf-8")))
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    tree = _Bare().visit(parsing(lambda: ast.parse(text)))
     imports: dict[str, tuple[str, str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.errors import CorruptionError, UsageError
+from semids.parser import open_npy
 from semids.progress import Progress
 from semids.store import FileRecord, check_file, commit, commit_sealed_json, read_sealed_json
 
@@ -173,7 +174,7 @@ class ShardedArray:
         path = self._shard_path(shard)
         start, stop = self.layout.bounds(shard)
         try:
-            array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            array: NDArray[Any] = open_npy(path)
         except ValueError as error:
             raise CorruptionError(f"{path}: expected an array of numbers: {error}") from error
         if array.shape != (stop - start, self.layout.columns) or array.dtype != np.dtype(self.layout.dtype):

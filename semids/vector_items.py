@@ -25,6 +25,7 @@ from semids.contents import (
 )
 from semids.errors import DataError, ShapeError, UsageError
 from semids.intake import Intake, commit_items
+from semids.parser import open_npy
 from semids.readers import BATCH_BYTES, BATCH_ROWS, Columns, is_list, open_parquet, reading
 from semids.scratch import Scratch, Spool, allocate, scratch_folder
 from semids.stages import StageOutput
@@ -120,7 +121,7 @@ class _NpyPart:
 def _open_npy(path: Path) -> _NpyPart:
     try:
         with reading(path):
-            array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+            array: NDArray[Any] = open_npy(path)
     except DataError as error:
         if "Python objects" in str(error):
             raise DataError(

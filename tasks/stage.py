@@ -78,11 +78,14 @@ def refuse_foreign_record(path: Path) -> None:
 
 
 def is_worth_retrying(task: Any, task_run: Any, state: State[Any]) -> bool:
-    """Return True for errors of the file system and of processes, which pass; bad data and parameters never do."""
+    """Return True for errors of the file system, of processes and of the interpreter (`semids.parser` tells of one).
+
+    They pass; bad data and parameters never do.
+    """
     error = state.result(raise_on_failure=False)
     if isinstance(error, SemidsError):
         return isinstance(error, StorageError | ProcessError)
-    return isinstance(error, OSError)
+    return isinstance(error, OSError | SystemError)
 
 
 class ProgressArtifact:
