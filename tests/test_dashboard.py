@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the extra dev installs")
+import httpx  # noqa: E402
 import polars as pl  # noqa: E402
 from conftest import clustered_vectors  # noqa: E402
 from dashboard import CHROMIUM, PATIENCE_MS, VERSIONS, Dashboard, started_browser, started_dashboard  # noqa: E402
+from servers import make_server  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,3 +99,18 @@ def test_wrong_input_is_refused_by_name_before_a_run_exists(address: str, versio
         dashboard.page.get_by_text("does not match").first.wait_for()
         assert not any(created)
         assert re.search(r"shapes|Shapes", dashboard.text())
+
+
+def test_a_server_with_an_auth_string_shows_its_deployments_to_those_who_give_it(tmp_path: Path) -> None:
+    secret = "semids:let me in"
+    server = make_server(tmp_path, PREFECT_SERVER_API_AUTH_STRING=secret, PREFECT_API_AUTH_STRING=secret)
+    with server.running(), started_browser() as browser:
+        apply = [sys.executable, "-m", "deployments.apply"]
+        subprocess.run(apply, env=server.environment, cwd=tmp_path, check=True)
+        assert httpx.post(f"{server.address}/api/deployments/count", json={}).status_code == 401
+        for version in VERSIONS:
+            dashboard = Dashboard(browser, server.address, version)
+            dashboard.log_in("semids:of another server")
+            dashboard.page.get_by_text(re.compile("Authentication failed|Invalid credentials")).first.wait_for()
+            dashboard.log_in(secret)
+            dashboard.page.get_by_text("quick-look").first.wait_for()
