@@ -30,14 +30,16 @@ def parsing(parse: Callable[[], T]) -> T:
     Raises:
         SystemError: it failed `TRIES` times.
     """
-    for _ in range(TRIES - 1):
+    tries = 0
+    while True:
         try:
             with _turn:
                 return parse()
         except SystemError:
-            time.sleep(SECONDS_BETWEEN_TRIES)
-    with _turn:
-        return parse()
+            tries += 1
+            if tries == TRIES:
+                raise
+        time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def open_npy(path: Path) -> NDArray[Any]:

@@ -75,3 +75,25 @@ def quick_folder(tmp_path: Path) -> Iterator[Path]:
 def scan(tmp_path: Path) -> Callable[..., Any]:
     """Scan a catalogue in a fresh stage folder; see `small_catalogues.scanner`."""
     return scanner(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every tiny checkpoint by name; read only: a test that changes one copies it with `changed`."""
+    import tiny_models  # PyTorch, which takes seconds and most tests do not need.
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "qwen3": str(tiny_models.build_qwen3(folder / "qwen3")),
+        "gemma3": str(tiny_models.build_gemma3(folder / "gemma3")),
+        "gemma3-mean": str(tiny_models.build_gemma3(folder / "gemma3-mean", pooling="mean")),
+        "gemma3-last": str(tiny_models.build_gemma3(folder / "gemma3-last", pooling="lasttoken")),
+        "bert": str(tiny_models.build_bert(folder / "bert")),
+        "minilm": tiny_models.MINILM,
+    }
+
+
+@pytest.fixture
+def changed(checkpoints: dict[str, str], tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that copies a checkpoint, for a test to spoil."""
+    return lambda name: Path(shutil.copytree(checkpoints[name], tmp_path / name))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_catalogues import ROWS, compress, many_rows, texts_of, write_jsonl, write_parquet
 
-from semids import intake, items, readers
+from semids import intake, readers
 from semids.errors import DataError, StorageError, UsageError
 
 
@@ -391,14 +391,3 @@ def test_a_refused_catalogue_leaves_no_file_open(scan, tmp_path):
     # The traceback is still alive, and with it the memory map of the sorted ids; nothing else may be.
     left = {name.split("/")[-1] for name in open_files() if ".tmp-" in name}
     assert (caught.type, left - {"ids (deleted)"}) == (DataError, set())
-
-
-def test_a_full_disk_names_the_scratch_folder_and_leaves_nothing(scan, tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / "items.jsonl", ROWS)
-
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(items, "allocate", refuse)
-    with pytest.raises(StorageError, match=r"\.tmp-buckets for intermediate data: No space left on device"):
-        scan(path)

@@ -112,5 +112,7 @@ def test_a_server_with_an_auth_string_shows_its_deployments_to_those_who_give_it
             dashboard = Dashboard(browser, server.address, version)
             dashboard.log_in("semids:of another server")
             dashboard.page.get_by_text(re.compile("Authentication failed|Invalid credentials")).first.wait_for()
+            dashboard.page.wait_for_load_state("networkidle")
+            assert "quick-look" not in dashboard.text()
             dashboard.log_in(secret)
             dashboard.page.get_by_text("quick-look").first.wait_for()

