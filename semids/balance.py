@@ -25,12 +25,16 @@ NEWTON_CODEWORDS = 2048
 iterations do not. Above it, an n·K² product and a K³ solution a step cost more than they save."""
 COARSE_ROWS_PER_CODEWORD = 128
 """Rows that annealing looks at, evenly spaced: where they lead, all rows are a few steps from their own solution."""
+FIRST_DAMPING = 0.1
+"""Of a Newton step, in shares of 1/K: far from the solution, codewords that few rows reach would be led astray."""
+MOST_DAMPING = 1e6
+"""Steps are those of a gradient by then, and short."""
 SINKHORN_STEPS_PER_NEWTON_STEP = 12
 RELAXATION = 1.8
 """Length of a Sinkhorn step, 1 being its own; halves their number (Lehmann et al. 2021), 2 diverges."""
 BLOCK_ENTRIES = 1 << 18
 """Entries of the cost matrix handled at a time, so that the temporaries stay in the processor's cache."""
-LEAST_LOGIT = np.float32(-41)
+LEAST_LOGIT = -41.0
 """Shares of a row below e^−41, which change no sum, are taken for that: their products would be subnormal numbers,
 which some processors multiply a hundred times as slowly."""
 
@@ -102,7 +106,8 @@ def fit_potentials(
     ε-annealing as in Peyré and Cuturi 2019, section 4.1; bounds by clipping as for the unbalanced problem of Chizat
     et al. 2018, table 1), keeping only the K column potentials: the row potentials are a soft minimum that is
     recomputed. The dual is concave in them; it is climbed by Newton steps with Levenberg's damping (curvature as in
-    Brauer et al. 2017, eq. 9) on the potentials that are free to move, or by relaxed Sinkhorn steps where K is large.
+    Brauer et al. 2017, eq. 9; damping by how much of its promise a step keeps, as Nielsen 1999 does) on the potentials
+    that are free to move, or by relaxed Sinkhorn steps where K is large.
     Subtract the values from any later costs to assign new rows without solving again.
 
     Args:
@@ -123,7 +128,7 @@ def fit_potentials(
         raise ShapeError(f"expected costs of shape (n ≥ 1, K ≥ 2), got {costs.shape}")
     if not np.isfinite(costs).all():
         raise ShapeError("expected finite costs, got NaN or infinite entries")
-    costs = costs.astype(np.float32, copy=False)
+    costs = np.require(costs, np.float32, "W")  # PyTorch warns of others.
     bounds = bounds or Shares(1 / costs.shape[1], 1 / costs.shape[1])
     climb = partial(_climb_by_newton if costs.shape[1] <= NEWTON_CODEWORDS else _climb_by_sinkhorn, bounds)
     values, iterations, marginal_error = _anneal(climb, costs, start, epsilon, tolerance, max_iterations)
@@ -184,7 +189,7 @@ def _climb_by_newton(
 ) -> tuple[NDArray[np.float64], int, float]:
     """Return better potentials, the passes over the costs that they took, and their marginal error."""
     codewords = costs.shape[1]
-    damping = 1e-3
+    damping, growth = FIRST_DAMPING, 4.0
     here = _dual(costs, values, epsilon, bounds, curvature=True)
     for passes in range(1, max_iterations + 1):
         if here.marginal_error <= tolerance:
@@ -193,16 +198,21 @@ def _climb_by_newton(
         slope = bounds.targets(values, here.shares) - here.shares
         # What is slack and within its bounds stays where it is: at zero.
         free = np.flatnonzero((values != 0) | (slope != 0))
-        curvature = np.diag(here.shares[free] + damping / codewords) - here.overlaps[np.ix_(free, free)]
+        curvature = np.diag(here.shares[free]) - here.overlaps[np.ix_(free, free)]
+        damped = curvature + np.diag(np.full(len(free), damping / codewords))
         moved = values.copy()
-        moved[free] += np.linalg.solve(curvature, epsilon * slope[free])
+        moved[free] += np.linalg.solve(damped, epsilon * slope[free])
         moved = bounds.clip(values, moved, here.shares)
         there = _dual(costs, moved, epsilon, bounds, curvature=True)
         # Near the top the objective moves less than float32 logits resolve; the error still tells.
         if there.objective > here.objective or there.marginal_error < 0.9 * here.marginal_error:
-            values, here, damping = moved, there, max(damping / 4, 1e-9)
+            step = (moved - values)[free]
+            promised = slope[free] @ step - step @ curvature @ step / (2 * epsilon)
+            kept = (there.objective - here.objective) / promised if promised > 0 else 1.0
+            damping = max(damping * max(0.2, 1 - (2 * min(kept, 1.0) - 1) ** 3), 1e-9)
+            values, here, growth = moved, there, 4.0
         else:
-            damping *= 8
+            damping, growth = min(growth * damping, MOST_DAMPING), 2 * growth
     return values, max_iterations, here.marginal_error
 
 
@@ -249,11 +259,11 @@ def _dual(
     overlaps = np.zeros((codewords, codewords) if curvature else (0, 0))
     soft_minima = 0.0
     scaled = (values / epsilon).astype(np.float32)
-    inverse = np.float32(1 / epsilon)
 
     def measure(block: NDArray[np.float32]) -> tuple[float, NDArray[np.float32], NDArray[np.float32] | None]:
-        soft_minimum, sums, plan = _sums_of_plan(block, scaled, inverse)
-        return soft_minimum, sums, plan.T @ plan if curvature else None
+        soft_minimum, plan = _plan(block, scaled, epsilon)
+        # Products: BLAS adds several times faster than NumPy, and sees that the second is symmetric.
+        return soft_minimum, np.ones(len(plan), np.float32) @ plan, plan.T @ plan if curvature else None
 
     for soft_minimum, sums, products in in_order(measure, _blocks(costs)):
         soft_minima += soft_minimum
@@ -267,21 +277,17 @@ def _dual(
     return _Dual(epsilon * soft_minima / rows + pressure, shares, overlaps / rows if curvature else None, error)
 
 
-def _sums_of_plan(
-    costs: NDArray[np.float32], scaled: NDArray[np.float32], inverse: np.float32
-) -> tuple[float, NDArray[np.float32], NDArray[np.float32]]:
-    """Return the rows' soft minima, summed, the (K,) sums of their plan's columns, and the plan."""
-    plan = costs * -inverse
-    plan += scaled
-    peaks = plan.max(axis=1, keepdims=True)
-    plan -= peaks
-    np.maximum(plan, LEAST_LOGIT, out=plan)
-    np.exp(plan, out=plan)
-    # Products with ones: BLAS adds several times faster than NumPy.
-    sums = plan @ np.ones(plan.shape[1], np.float32)
-    plan *= (1 / sums)[:, None]
-    soft_minimum = -float(peaks.sum(dtype=np.float64) + np.log(sums).sum(dtype=np.float64))
-    return soft_minimum, np.ones(len(plan), np.float32) @ plan, plan
+def _plan(costs: NDArray[np.float32], scaled: NDArray[np.float32], epsilon: float) -> tuple[float, NDArray[np.float32]]:
+    """Return the rows' soft minima, summed, and the (n, K) plan: what part of each row every codeword has."""
+    # PyTorch takes a third of NumPy's time for these passes. Imported here: most of the package does without.
+    import torch
+
+    plan = torch.sub(torch.from_numpy(scaled), torch.from_numpy(costs), alpha=1 / epsilon)
+    peaks = plan.amax(dim=1, keepdim=True)
+    plan.sub_(peaks).clamp_(min=LEAST_LOGIT).exp_()
+    sums = plan.sum(dim=1, keepdim=True)
+    plan.mul_(sums.reciprocal())
+    return -float(peaks.add_(sums.log_()).sum(dtype=torch.float64)), plan.numpy()
 
 
 def _hard_loads(costs: NDArray[np.float32], values: NDArray[np.float32]) -> tuple[float, float]:

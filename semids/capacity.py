@@ -106,7 +106,13 @@ Costs = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
 def assign_group(
-    costs: Costs, rows: int, loads: Loads, *, start: NDArray[np.float32] | None = None, priced: bool = True
+    costs: Costs,
+    rows: int,
+    loads: Loads,
+    *,
+    start: NDArray[np.float32] | None = None,
+    priced: bool = True,
+    nearest: NDArray[np.int64] | None = None,
 ) -> GroupAssignment:
     """Give every row of a prefix a child, at close to the least cost that the loads allow.
 
@@ -119,6 +125,7 @@ def assign_group(
         rows: n, how many there are.
         start: (K,) prices to begin from, from costs close to these.
         priced: False leaves the prices of small groups at zero, where only the codes matter.
+        nearest: (n,) the cheapest children, where they are known, and known not to keep the loads.
 
     Raises:
         ShapeError: n rows cannot be within the loads.
@@ -127,9 +134,9 @@ def assign_group(
     if not loads.least * children <= rows <= loads.most * children:
         raise ShapeError(f"expected rows for {loads.least} to {loads.most} of {children} children, got {rows}")
     prices = np.zeros(children, np.float32)
-    ruled: NDArray[np.int64] | None = None
+    ruled = nearest
     # Where prices were needed for costs close to these, the nearest need not be asked for first.
-    if start is None or not start.any():
+    if ruled is None and (start is None or not start.any()):
         ruled = cheapest_children(costs, rows, None)
         counts = np.bincount(ruled, minlength=children)
         if loads.least <= counts.min() and counts.max() <= loads.most:
@@ -183,6 +190,8 @@ def _fit_prices(
 
 def _assign_exactly(costs: NDArray[np.float32], loads: Loads) -> NDArray[np.int64]:
     """Return the (n,) children of least total cost, each child standing for `most` places, `least` of them required."""
+    if loads == Loads(0, 1):
+        return linear_sum_assignment(costs)[1]  # Most prefixes of the last level, and they are many.
     places = np.repeat(costs.astype(np.float64), loads.most, axis=1)
     if loads.least:
         # No exchange of rows can gain as much as a required place that is filled.

@@ -92,15 +92,17 @@ class _Placer:
         codes = np.zeros(len(block.rows), np.int64)
         found: dict[int, NDArray[np.float32]] = {}
         moved, finished, converged = 0, 0, True
+        nearest: NDArray[np.int64] | None = None
         left: NDArray[np.int64] | None = None
         if dense is not None and len(block.starts) > 1:
             # Most prefixes are small and need no more than their nearest codewords: all of them at once.
-            codes, fits = _nearest_within(dense, block.lengths, self.loads)
+            nearest, fits = _nearest_within(dense, block.lengths, self.loads)
             if self.start is not None:
                 fits &= ~np.isin(self.prefixes[block.rows[block.starts]], self.start.prefixes)
-            left, finished = np.flatnonzero(~fits), int(block.lengths[fits].sum())
+            left, finished, codes = np.flatnonzero(~fits), int(block.lengths[fits].sum()), nearest.copy()
         groups = block.groups(dense, left)
-        for group, outcome in zip(groups, over_groups(self._assign, groups), strict=True):
+        outcomes = over_groups(lambda group: self._assign(group, nearest), groups)
+        for group, outcome in zip(groups, outcomes, strict=True):
             codes[group.first : group.first + len(group.rows)] = outcome.codes
             moved += outcome.moved
             converged &= outcome.converged
@@ -111,11 +113,13 @@ class _Placer:
         table = _table(found, self.children)
         return Placement(codes.astype(code_dtype((self.children,))), table, moved, converged)
 
-    def _assign(self, group: Group) -> GroupAssignment:
+    def _assign(self, group: Group, nearest: NDArray[np.int64] | None) -> GroupAssignment:
+        """Assign a group, given the nearest codewords of the block's rows, or None where they are not known."""
         rows = len(group.rows)
         prices = self.start.find(int(self.prefixes[group.rows[0]])) if self.start is not None else None
         feasible = self.loads.feasible(rows, self.children)
-        return assign_group(group.costs, rows, feasible, start=prices, priced=self.priced)
+        unfit = nearest[group.first : group.first + rows] if nearest is not None and prices is None else None
+        return assign_group(group.costs, rows, feasible, start=prices, priced=self.priced, nearest=unfit)
 
 
 def _nearest_within(

@@ -100,8 +100,10 @@ def test_refitted_codebooks_are_the_least_squares_solution(vectors: np.ndarray) 
     fitted = refit_jointly(lambda some: vectors[some], codes.astype(np.uint8), books)
     indicators = np.concatenate([np.eye(size)[codes[:, n]] for n, size in enumerate(sizes)], axis=1)
     best = indicators @ np.linalg.lstsq(indicators, vectors.astype(np.float64), rcond=None)[0]
-    ours = sum(book[codes[:, n]] for n, book in enumerate(fitted))
-    assert np.abs(ours - best).max() < 1e-5
+    before, after = (sum(book[codes[:, n]] for n, book in enumerate(each)) for each in (books, fitted))
+    excess = [float(np.square(vectors - each).sum() - np.square(vectors - best).sum()) for each in (before, after)]
+    # Conjugate gradients end at a hundredth of the slope that they begin with: a ten-thousandth of the error.
+    assert 0 <= excess[1] <= 1e-4 * excess[0]
 
 
 def test_a_codeword_that_no_row_has_stays_where_it_was(vectors: np.ndarray) -> None:
@@ -148,7 +150,7 @@ def test_small_prefixes_are_placed_together_as_they_are_one_by_one(
     assert together.moved
 
     def none_fits(dense: np.ndarray, lengths: np.ndarray, loads: Loads) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros(len(dense), np.int64), np.zeros(len(lengths), np.bool_)
+        return dense.argmin(axis=1), np.zeros(len(lengths), np.bool_)
 
     real = prefixes._nearest_within
     shares: list[float] = []

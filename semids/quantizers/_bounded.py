@@ -26,12 +26,18 @@ from semids.shards import EVERY
 ROUNDS = 12
 """Re-fits of all codebooks under the bounded assignment: on real product vectors, 2 leave 0.7 % of error over 24 of
 them, 12 leave 0.1 to 0.2 %."""
-COARSE_ROUNDS = 9
-"""How many of these see a part of the rows alone: 0.2 % of error for a third of the time, on generated vectors."""
-COARSE = 4
+COARSE_ROUNDS = 10
+"""How many of these see a part of the rows alone: 0.4 % of error for half of the time, on generated vectors."""
+COARSE = 8
 """All rows over those of that part."""
+COARSE_ROWS = 16_384
+"""Rows of that part at least: of small codebooks, all."""
 LAST_ROUNDS = 6
 """Re-fits of the last codebook to whole prefixes: 4 leave 0.05 % of error over 12."""
+COARSE_LAST_ROUNDS = 3
+"""How many of these see a part of the prefixes alone."""
+LAST_COARSE = 4
+"""All prefixes over those of that part."""
 
 
 def bounded_steps(
@@ -112,7 +118,7 @@ def _fit_codebooks(
     budget = training_budget(size, data.vectors.layout.columns)
     drawn = sample_rows(len(data.rows), budget, seed=seed)
     sample, weights = _take_float32(data, drawn), _weights(data, drawn)
-    few = sample_rows(len(sample), budget // COARSE, seed=seed)
+    few = sample_rows(len(sample), max(COARSE_ROWS, budget // COARSE), seed=seed)
     coarse, few_weights = sample[few], weights[few] if weights is not None else None
     bounds, contents = _bounds(step), data.vectors.layout.rows
     levels = range(1, len(step.parameters["sizes"]) + 1)
@@ -202,15 +208,19 @@ def _fit_last_codebook(
     above = _codes_above(needed, contents)[data.rows]
     sizes = [len(book) for book in books]
     budget = training_budget(sizes[-1], data.vectors.layout.columns)
-    chosen = _whole_prefixes(prefix_numbers(above, sizes), budget, seed=step.parameters["seed"])
-    above = above[chosen]
-    take, weights = _taker(_take_float32(data, chosen)), _weights(data, chosen)
+    prefixes = prefix_numbers(above, sizes)
+    chosen = _whole_prefixes(prefixes, budget, seed=step.parameters["seed"])
+    vectors = _take_float32(data, chosen)
     for finished in range(LAST_ROUNDS):
+        part = EVERY
+        if finished < COARSE_LAST_ROUNDS:
+            part = _whole_prefixes(prefixes[chosen], len(chosen) // LAST_COARSE, seed=step.parameters["seed"])
+        take, seen, weights = _taker(vectors[part]), above[chosen[part]], _weights(data, chosen[part])
         # The training rows of a prefix are all there, so that the bounds of an ID hold for them as they are.
-        found = assign_level(take, nearest_quantizer(books), above, bounds, contents=len(above), priced=False)
-        books = refit_last(take, np.column_stack([above, found.codes]), books, weights=weights)
+        found = assign_level(take, nearest_quantizer(books), seen, bounds, contents=len(seen), priced=False)
+        books = refit_last(take, np.column_stack([seen, found.codes]), books, weights=weights)
         progress(step.title, finished + 1, LAST_ROUNDS, "rounds")
-    return StepOutcome({"codebook": books[-1]}, {"rows": len(above)})
+    return StepOutcome({"codebook": books[-1]}, {"rows": len(chosen)})
 
 
 def _whole_prefixes(prefixes: NDArray[np.int64], budget: int, *, seed: int) -> NDArray[np.int64]:

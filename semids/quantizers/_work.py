@@ -178,31 +178,26 @@ def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, steps: in
     return sample + lloyd
 
 
-def uniform_work(
-    level: int, sizes: Sequence[int], counts: Counts, *, refits: int, moves: float, coarse: int, largest: int
-) -> Work:
+def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: int, coarse: int, largest: int) -> Work:
     """Return the work of balancing a level, from 1.
 
     Args:
-        refits: Lloyd steps under the uniform assignment.
-        moves: as many times all rows as these steps assign.
-        coarse: rows a codeword that potentials are fitted to while the codebook still moves.
+        refits: Lloyd steps under the uniform assignment, of which the last sees all rows.
+        coarse: rows a codeword that the others see.
         largest: bytes of the cost matrix at most.
     """
     size, d = sizes[level - 1], counts.dimensions
     rows = sample_size(size, counts)
     fitted = min(rows, largest // (4 * size))
-    few = min(fitted, coarse * size)
+    few = min(rows, coarse * size)
     product = encoding([size], d, 4)
-    # The sample, the rows of it that potentials are fitted to, and their costs.
-    held = Work(
-        {product: (moves * rows + refits * few + fitted) * size}, memory=4 * (rows + fitted) * d + 5 * fitted * size
-    )
+    # The sample, and the costs of the rows of it that potentials are fitted to.
+    held = Work({product: (rows + refits * few + fitted) * size}, memory=4 * rows * d + 5 * max(few, fitted) * size)
     return (
         _sample_work(level, sizes, counts)
         + fit_work(few, size, refits * PASSES)
         + fit_work(fitted, size, LAST_PASSES)
-        + Work({refitting(d): moves * rows}, disk=codebook_bytes([size], d))
+        + Work({refitting(d): (refits - 1) * few + rows}, disk=codebook_bytes([size], d))
         + held
     )
 
@@ -358,7 +353,7 @@ def _equation_bytes(rows: int, sizes: Sequence[int], dimensions: int) -> int:
     pairs = sum(min(rows, a * b) for a in sizes for b in sizes)
     sums = 4 * AHEAD * parts * total * dimensions
     summed = 4 * parts * min(rows, step) * dimensions + sums
-    dense = 8 * total * total if total <= DENSE_CODEWORDS else 0
+    dense = 4 * total * total if total <= DENSE_CODEWORDS else 0
     return summed + EQUATION_ARRAYS * 8 * total * dimensions + PAIR_BYTES * pairs + dense
 
 

@@ -29,38 +29,39 @@ Assigned = tuple[Codebooks, Codes]
 
 def measure_mappings(vectors: NDArray[np.float16], codebooks: Codebooks) -> None:
     """Measure how long all (n, d) vectors take to their codes under each mapping, from the nearest one's codebooks."""
-    runs: dict[str, Callable[[], Assigned]] = {
-        "semids, nearest": lambda: (codebooks, with_beam(codebooks, 1).encode(vectors)),
-        "semids, uniform": lambda: _map_uniformly(vectors, codebooks),
-        "semids, capacity": lambda: _map_within_bounds(vectors, codebooks),
-        "dense Sinkhorn (POT), greedy rounding": lambda: (codebooks, assign_by_dense_sinkhorn(vectors, codebooks)),
-    }
+    distinct, places = _distinct_rows(vectors)
 
     def finish(name: str, outcome: Assigned) -> Mapping[str, Any]:
         return id_figures(outcome[0], vectors, outcome[1])
 
     facts = {
         "rows": len(vectors),
-        "distinct_contents": len(_distinct_rows(vectors)[0]),
+        "distinct_contents": len(distinct),
         "dimensions": vectors.shape[1],
         "sizes": SIZES,
     }
-    take_turns(Record(PART, facts), {name: Contender(run, 1) for name, run in runs.items()}, finish)
-
-
-def _map_uniformly(vectors: NDArray[np.float16], codebooks: Codebooks) -> Assigned:
     with tempfile.TemporaryDirectory() as folder:
-        array = _as_sharded(vectors, Path(folder))
-        quantizer, outcomes = _train("uniform", array, codebooks)
-        frozen = quantizer.freeze(quantizer.assemble(outcomes))
-        return _codebooks_of(quantizer.assemble(outcomes)), frozen.encode(vectors)
+        # As a catalogue lies on disk once it was read, which is not part of a mapping.
+        rows = _as_sharded(vectors, Path(folder) / "rows.npy")
+        contents = _as_sharded(vectors[distinct], Path(folder) / "contents.npy")
+        runs: dict[str, Callable[[], Assigned]] = {
+            "semids, nearest": lambda: (codebooks, with_beam(codebooks, 1).encode(vectors)),
+            "semids, uniform": lambda: _map_uniformly(rows, codebooks),
+            "semids, capacity": lambda: _map_within_bounds(contents, places, codebooks),
+            "dense Sinkhorn (POT), greedy rounding": lambda: (codebooks, assign_by_dense_sinkhorn(vectors, codebooks)),
+        }
+        take_turns(Record(PART, facts), {name: Contender(run, 1) for name, run in runs.items()}, finish)
 
 
-def _map_within_bounds(vectors: NDArray[np.float16], codebooks: Codebooks) -> Assigned:
-    """Place the distinct contents: rows with equal vectors share their ID."""
-    distinct, places = _distinct_rows(vectors)
-    with tempfile.TemporaryDirectory() as folder:
-        quantizer, outcomes = _train("capacity", _as_sharded(vectors[distinct], Path(folder)), codebooks)
+def _map_uniformly(rows: ShardedArray, codebooks: Codebooks) -> Assigned:
+    quantizer, outcomes = _train("uniform", rows, codebooks)
+    tensors = quantizer.assemble(outcomes)
+    return _codebooks_of(tensors), quantizer.freeze(tensors).encode(rows.shard(0))
+
+
+def _map_within_bounds(contents: ShardedArray, places: NDArray[np.int64], codebooks: Codebooks) -> Assigned:
+    """Place the distinct contents: the (n,) rows have the IDs of theirs."""
+    quantizer, outcomes = _train("capacity", contents, codebooks)
     given = quantizer.given_codes(outcomes)
     assert given is not None, "the mapping capacity gives codes itself"
     return _codebooks_of(quantizer.assemble(outcomes)), given[places]
@@ -88,9 +89,8 @@ def _codebooks_of(tensors: Tensors) -> Codebooks:
     return tuple(tensors[f"codebook_{level}"] for level in range(1, len(SIZES) + 1))
 
 
-def _as_sharded(vectors: NDArray[np.float16], folder: Path) -> ShardedArray:
+def _as_sharded(vectors: NDArray[np.float16], path: Path) -> ShardedArray:
     """Write vectors as the one shard of an array."""
-    path = folder / "vectors.npy"
     np.save(path, vectors)
     return ShardedArray(ShardLayout(*vectors.shape, str(vectors.dtype), shard_rows=len(vectors)), lambda _: path)
 
