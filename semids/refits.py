@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,32 +44,35 @@ def refit_jointly(
     """
     gram, sums = _normal_equations(take, codes, codebooks, weights)
     start = np.concatenate(codebooks).astype(np.float64)
-    pairs = gram.toarray().astype(np.float32) if len(sums) <= DENSE_CODEWORDS else gram
-    solved = _solve_by_conjugate_gradients(pairs, sums, start)
+    if len(sums) <= DENSE_CODEWORDS:
+        solved = _solve_by_conjugate_gradients(*(each.astype(np.float32) for each in (gram.toarray(), sums, start)))
+    else:
+        solved = _solve_by_conjugate_gradients(gram, sums, start)
     ends = np.cumsum([len(book) for book in codebooks])
     return tuple(np.split(solved.astype(np.float32), ends[:-1]))
 
 
 def _solve_by_conjugate_gradients(
-    gram: csr_array | NDArray[np.float32], sums: NDArray[np.float64], start: NDArray[np.float64]
-) -> NDArray[np.float64]:
+    gram: csr_array | NDArray[Any], sums: NDArray[Any], start: NDArray[Any]
+) -> NDArray[Any]:
     """Return X of gram · X = sums, column by column (Hestenes and Stiefel 1952, scaled by the diagonal)."""
-    scale = gram.diagonal()[:, None].astype(np.float64)
-    solved, left = start, sums - gram @ start.astype(gram.dtype)
+    scale = gram.diagonal()[:, None]
+    solved, left = start, sums - gram @ start
     direction = left / scale
     slope = np.einsum("kd,kd->d", left, direction)
     enough = RELATIVE_RESIDUAL**2 * slope
+    tiny = np.finfo(slope.dtype).tiny
     for _ in range(MOST_ITERATIONS):
         if (slope <= enough).all():
             break
-        product = gram @ direction.astype(gram.dtype)
+        product = gram @ direction
         # A column that is solved stays: its slope and its steps are zero.
-        step = slope / np.maximum(np.einsum("kd,kd->d", direction, product), np.finfo(np.float64).tiny)
+        step = slope / np.maximum(np.einsum("kd,kd->d", direction, product), tiny)
         solved = solved + step * direction
         left -= step * product
         scaled = left / scale
         before, slope = slope, np.einsum("kd,kd->d", left, scaled)
-        direction = scaled + slope / np.maximum(before, np.finfo(np.float64).tiny) * direction
+        direction = scaled + slope / np.maximum(before, tiny) * direction
     return solved
 
 

@@ -34,8 +34,10 @@ COARSE_ROWS = 16_384
 """Rows of that part at least: of small codebooks, all."""
 LAST_ROUNDS = 6
 """Re-fits of the last codebook to whole prefixes: 4 leave 0.05 % of error over 12."""
-COARSE_LAST_ROUNDS = 3
+COARSE_LAST_ROUNDS = 4
 """How many of these see a part of the prefixes alone."""
+LAST_TOLERANCE = 0.01
+"""Marginal error of the last level's potentials: beyond, what the contents' loads are of all later ones' decides."""
 LAST_COARSE = 4
 """All prefixes over those of that part."""
 
@@ -196,7 +198,13 @@ def _fit_last_potentials(
     shares = np.maximum(np.bincount(codes, minlength=size), 0.01 * len(codes) / size)
     shares /= shares.sum()
     epsilon = RELATIVE_EPSILON * standard_deviation(costs) or 1.0
-    return fit_potentials(costs, epsilon=epsilon, max_iterations=MAX_ITERATIONS, bounds=Shares(shares, shares)).values
+    return fit_potentials(
+        costs,
+        epsilon=epsilon,
+        max_iterations=MAX_ITERATIONS,
+        bounds=Shares(shares, shares),
+        tolerance=LAST_TOLERANCE,
+    ).values
 
 
 def _fit_last_codebook(
