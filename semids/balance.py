@@ -6,12 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from semids.device import accelerator, upload
 from semids.errors import ShapeError
 from semids.parallel import in_order
+
+if TYPE_CHECKING:
+    import torch
 
 TOLERANCE = 1e-4
 """Largest sum of |share of a codeword − 1/K| that counts as converged."""
@@ -34,6 +39,10 @@ RELAXATION = 1.8
 """Length of a Sinkhorn step, 1 being its own; halves their number (Lehmann et al. 2021), 2 diverges."""
 BLOCK_ENTRIES = 1 << 18
 """Entries of the cost matrix handled at a time, so that the temporaries stay in the processor's cache."""
+DEVICE_BLOCK_ENTRIES = 1 << 26
+"""The same on a CUDA device, whose memory they are to fit."""
+DEVICE_ENTRIES = 1 << 21
+"""Smallest cost matrix whose passes are worth a device: those of most prefixes are smaller, and there are many."""
 LEAST_LOGIT = -41.0
 """Shares of a row below e^−41, which change no sum, are taken for that: their products would be subnormal numbers,
 which some processors multiply a hundred times as slowly."""
@@ -131,10 +140,11 @@ def fit_potentials(
     costs = np.require(costs, np.float32, "W")  # PyTorch warns of others.
     bounds = bounds or Shares(1 / costs.shape[1], 1 / costs.shape[1])
     climb = partial(_climb_by_newton if costs.shape[1] <= NEWTON_CODEWORDS else _climb_by_sinkhorn, bounds)
-    values, iterations, marginal_error = _anneal(climb, costs, start, epsilon, tolerance, max_iterations)
+    anneal = partial(_anneal, climb, _as_tensor(costs), standard_deviation(costs), epsilon, tolerance, max_iterations)
+    values, iterations, marginal_error = anneal(start)
     if start is not None and marginal_error > tolerance:
         # Potentials of costs that have changed too much lead nowhere; the way from zero is longer and safe.
-        values, more, marginal_error = _anneal(climb, costs, None, epsilon, tolerance, max_iterations)
+        values, more, marginal_error = anneal(None)
         iterations += more
     frozen = values.astype(np.float32)
     load_min, load_max = _hard_loads(costs, frozen)
@@ -142,22 +152,32 @@ def fit_potentials(
     return Potentials(frozen, epsilon, iterations, marginal_error, converged, load_min, load_max)
 
 
-Climb = Callable[[NDArray[np.float32], NDArray[np.float64], float, float, int], tuple[NDArray[np.float64], int, float]]
+Climb = Callable[["torch.Tensor", NDArray[np.float64], float, float, int], tuple[NDArray[np.float64], int, float]]
 """Takes costs, potentials, smoothing, tolerance and the most passes; returns better potentials, passes and error."""
+
+
+def _as_tensor(costs: NDArray[np.float32]) -> torch.Tensor:
+    """Return the costs where passes over them are fastest: large ones on a CUDA device, if there is one."""
+    # PyTorch takes a third of NumPy's time for a pass. Imported here: most of the package does without.
+    import torch
+
+    device = accelerator() if costs.size >= DEVICE_ENTRIES else None
+    return torch.from_numpy(costs) if device is None else upload(costs, device)
 
 
 def _anneal(
     climb: Climb,
-    costs: NDArray[np.float32],
-    start: NDArray[np.float32] | None,
+    costs: torch.Tensor,
+    spread: float,
     epsilon: float,
     tolerance: float,
     max_iterations: int,
+    start: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.float64], int, float]:
     """Return potentials at a smoothing that is lowered to epsilon, the passes over the costs, and the error."""
     values = np.zeros(costs.shape[1]) if start is None else start.astype(np.float64)
     coarse = costs[:: max(1, len(costs) // (COARSE_ROWS_PER_CODEWORD * costs.shape[1]))]
-    smoothing = max((0.3 if start is None else 0.02) * standard_deviation(costs), epsilon)
+    smoothing = max((0.3 if start is None else 0.02) * spread, epsilon)
     iterations = 0
     while smoothing > epsilon:
         values, steps, _ = climb(coarse, values, smoothing, COARSE_TOLERANCE, max_iterations)
@@ -181,7 +201,7 @@ def standard_deviation(costs: NDArray[np.float32]) -> float:
 
 def _climb_by_newton(
     bounds: Shares,
-    costs: NDArray[np.float32],
+    costs: torch.Tensor,
     values: NDArray[np.float64],
     epsilon: float,
     tolerance: float,
@@ -218,7 +238,7 @@ def _climb_by_newton(
 
 def _climb_by_sinkhorn(
     bounds: Shares,
-    costs: NDArray[np.float32],
+    costs: torch.Tensor,
     values: NDArray[np.float64],
     epsilon: float,
     tolerance: float,
@@ -251,7 +271,7 @@ class _Dual:
 
 
 def _dual(
-    costs: NDArray[np.float32], values: NDArray[np.float64], epsilon: float, bounds: Shares, *, curvature: bool
+    costs: torch.Tensor, values: NDArray[np.float64], epsilon: float, bounds: Shares, *, curvature: bool
 ) -> _Dual:
     codewords = costs.shape[1]
     # float64 sums: a share is compared with 1/K to four digits.
@@ -259,13 +279,10 @@ def _dual(
     overlaps = np.zeros((codewords, codewords) if curvature else (0, 0))
     soft_minima = 0.0
     scaled = (values / epsilon).astype(np.float32)
-
-    def measure(block: NDArray[np.float32]) -> tuple[float, NDArray[np.float32], NDArray[np.float32] | None]:
-        soft_minimum, plan = _plan(block, scaled, epsilon)
-        # Products: BLAS adds several times faster than NumPy, and sees that the second is symmetric.
-        return soft_minimum, np.ones(len(plan), np.float32) @ plan, plan.T @ plan if curvature else None
-
-    for soft_minimum, sums, products in in_order(measure, _blocks(costs)):
+    block_rows = max(1, (DEVICE_BLOCK_ENTRIES if costs.is_cuda else BLOCK_ENTRIES) // codewords)
+    for soft_minimum, sums, products in in_order(
+        lambda block: _sums_of_plan(block, scaled, epsilon, curvature=curvature), costs.split(block_rows)
+    ):
         soft_minima += soft_minimum
         shares += sums
         if products is not None:
@@ -277,17 +294,24 @@ def _dual(
     return _Dual(epsilon * soft_minima / rows + pressure, shares, overlaps / rows if curvature else None, error)
 
 
-def _plan(costs: NDArray[np.float32], scaled: NDArray[np.float32], epsilon: float) -> tuple[float, NDArray[np.float32]]:
-    """Return the rows' soft minima, summed, and the (n, K) plan: what part of each row every codeword has."""
-    # PyTorch takes a third of NumPy's time for these passes. Imported here: most of the package does without.
+def _sums_of_plan(
+    costs: torch.Tensor, scaled: NDArray[np.float32], epsilon: float, *, curvature: bool
+) -> tuple[float, NDArray[np.float32], NDArray[np.float32] | None]:
+    """Return the rows' soft minima, summed, the (K,) sums of their plan's columns, and the columns' products."""
     import torch
 
-    plan = torch.sub(torch.from_numpy(scaled), torch.from_numpy(costs), alpha=1 / epsilon)
+    plan = torch.sub(torch.from_numpy(scaled).to(costs.device), costs, alpha=1 / epsilon)
     peaks = plan.amax(dim=1, keepdim=True)
     plan.sub_(peaks).clamp_(min=LEAST_LOGIT).exp_()
     sums = plan.sum(dim=1, keepdim=True)
     plan.mul_(sums.reciprocal())
-    return -float(peaks.add_(sums.log_()).sum(dtype=torch.float64)), plan.numpy()
+    soft_minimum = -float(peaks.add_(sums.log_()).sum(dtype=torch.float64))
+    if costs.is_cuda:
+        products = (plan.T @ plan).cpu().numpy() if curvature else None
+        return soft_minimum, plan.sum(dim=0).cpu().numpy(), products
+    # By NumPy: its BLAS sees that this product is symmetric, and adds columns several times faster than either.
+    shares = plan.numpy()
+    return soft_minimum, np.ones(len(shares), np.float32) @ shares, shares.T @ shares if curvature else None
 
 
 def _hard_loads(costs: NDArray[np.float32], values: NDArray[np.float32]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.errors import CorruptionError, UsageError
+from semids.parallel import in_order
 from semids.parser import open_npy
 from semids.progress import Progress
 from semids.store import FileRecord, check_file, commit, commit_sealed_json, read_sealed_json
@@ -211,6 +212,11 @@ class ShardedArray:
             return taken
         shards = rows // self.layout.shard_rows
         starts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(rows)]
+        new = [shard for shard in shards[starts[:-1]].tolist() if shard not in self._mapped]
+        if len(new) > 1:
+            # Their digests are checked, by all threads.
+            for _ in in_order(self.shard, new):
+                pass
         for start, stop in itertools.pairwise(starts):
             shard = int(shards[start])
             places = rows[start:stop] - shard * self.layout.shard_rows

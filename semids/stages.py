@@ -9,6 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from pydantic import BaseModel, ConfigDict
 
 from semids.errors import CorruptionError
 from semids.memory import PeakMemory, release_memory
+from semids.parallel import thread_count
 from semids.progress import Progress, silent
 from semids.shards import COMPUTED, EVERY, ShardedArray, ShardLayout, check_origin, shard_name, write_shards
 from semids.store import (
     TEMPORARY_PREFIX,
     FileRecord,
-    check_file,
+    check_file_once,
     commit,
     commit_bytes,
     commit_sealed_json,
@@ -169,7 +171,7 @@ class StageReader:
             CorruptionError: the file is missing or was changed.
         """
         if name not in self._checked:
-            check_file(self.folder / name, FileRecord(**self.manifest["files"][name]))
+            check_file_once(self.folder / name, FileRecord(**self.manifest["files"][name]))
             self._checked.add(name)
         return self.folder / name
 
@@ -339,8 +341,13 @@ def _missing_files(target: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _check_files(target: Path, manifest: dict[str, Any]) -> None:
-    for name, record in manifest["files"].items():
-        check_file(target / name, FileRecord(**record))
+    def check(file: tuple[str, dict[str, Any]]) -> None:
+        check_file_once(target / file[0], FileRecord(**file[1]))
+
+    # Reading and digesting leave other threads to run.
+    with ThreadPoolExecutor(thread_count()) as pool:
+        for _ in pool.map(check, manifest["files"].items()):
+            pass
 
 
 def _warn_of_strangers(target: Path, manifest: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ def test_a_start_that_leads_nowhere_is_given_up(monkeypatch: pytest.MonkeyPatch)
     assert fit_potentials(costs, epsilon=0.01, max_iterations=60, start=astray, bounds=bounds).converged
 
     def never_from_zero(*given: Any, anneal: Any = balance._anneal) -> Any:
-        return anneal(*given[:2], astray, *given[3:])
+        return anneal(*given[:-1], astray)
 
     monkeypatch.setattr(balance, "_anneal", never_from_zero)
     assert not fit_potentials(costs, epsilon=0.01, max_iterations=60, start=astray, bounds=bounds).converged

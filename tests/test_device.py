@@ -11,9 +11,10 @@ import torch
 from safetensors.numpy import load_file
 from small_runs import published
 
-from semids import kmeans, network, residual
+from semids import balance, kmeans, network, residual
+from semids.balance import fit_potentials
 from semids.cli import main
-from semids.device import DeviceCodebooks, DeviceLloyd, DeviceNetwork, accelerator
+from semids.device import DeviceCodebooks, DeviceLloyd, DeviceNetwork, accelerator, upload
 from semids.kmeans import Lloyd, fit_codebook
 from semids.network import Network
 from semids.quantizers.rqvae import Rqvae
@@ -26,7 +27,7 @@ SIZES = (16, 12, 20)
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have array work done by PyTorch, on CUDA where there is a device."""
-    for module in (residual, kmeans, network):
+    for module in (residual, kmeans, network, balance):
         monkeypatch.setattr(module, "accelerator", lambda: DEVICE)
 
 
@@ -170,3 +171,21 @@ def test_an_rqvae_encodes_by_a_device_as_it_does_by_the_processor(
 def test_without_a_driver_the_processor_does_it() -> None:
     if not torch.cuda.is_available():
         assert accelerator() is None
+
+
+@pytest.mark.parametrize("newton", [True, False])
+def test_potentials_are_those_of_the_processor(newton: bool, on_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    costs = rng.gamma(2, size=(3000, 40)).astype(np.float32)
+    if not newton:
+        monkeypatch.setattr(balance, "NEWTON_CODEWORDS", 0)
+    here = fit_potentials(costs, epsilon=0.05, max_iterations=60)
+    moved: list[str] = []
+    monkeypatch.setattr(balance, "DEVICE_ENTRIES", 0)
+    monkeypatch.setattr(balance, "DEVICE_BLOCK_ENTRIES", 40_000)
+    monkeypatch.setattr(balance, "upload", lambda rows, device: (moved.append(device.type), upload(rows, device))[1])
+    there = fit_potentials(costs, epsilon=0.05, max_iterations=60)
+    assert moved == [DEVICE.type]
+    assert here.converged
+    assert there.converged
+    assert np.abs(here.values - there.values).max() < 2e-3 * np.abs(here.values).max()

@@ -298,7 +298,7 @@ def test_a_pickle_with_the_right_digest_is_refused_and_not_executed(
     folder, arguments = run
     mark = tmp_path / "executed"
     planted = pickle.dumps(Explosive(mark)) if form == "pickle" else object_array(mark)
-    monkeypatch.setattr("semids.stages.check_file", lambda path, record: None)
+    monkeypatch.setattr("semids.stages.check_file_once", lambda path, record: None)
     (find(folder, "codes-*") / "manifest.json").unlink()
     for path in find(folder, "codes-*").glob("*.npy"):
         path.unlink()

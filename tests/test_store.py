@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from semids.errors import BusyError, CorruptionError, StorageError
 from semids.store import (
     FileRecord,
     check_file,
+    check_file_once,
     commit,
     commit_bytes,
     commit_sealed_json,
@@ -150,3 +152,57 @@ def test_an_error_inside_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bad data"):
         commit(tmp_path / "file", write)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were digested, in order."""
+    digested: list[Path] = []
+
+    def counted(path: Path) -> str:
+        digested.append(path)
+        return digest_file(path)
+
+    monkeypatch.setattr(store, "digest_file", counted)
+    return digested
+
+
+def test_a_file_that_was_found_right_is_read_again_where_it_was_touched(
+    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    record = commit_bytes(path, b"x" * 100)
+    reads.clear()
+    check_file_once(path, record)
+    check_file_once(path, record)
+    assert len(reads) == 2, "the file is too new to be sure that its times would tell"
+    monkeypatch.setattr(store, "SETTLED_SECONDS", -1)
+    check_file_once(path, record)
+    check_file_once(path, record)
+    assert len(reads) == 3
+    facts = path.stat()
+    time.sleep(0.02)  # More than a tick of the file system's clock.
+    with path.open("r+b") as file:
+        file.write(b"y")
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(CorruptionError, match="it was changed"):
+        check_file_once(path, record)
+    other = FileRecord(record.bytes, "0" * 64)
+    path.write_bytes(b"x" * 100)
+    check_file_once(path, record)
+    with pytest.raises(CorruptionError, match="it was changed"):
+        check_file_once(path, other)
+    path.unlink()
+    with pytest.raises(CorruptionError, match="is missing"):
+        check_file_once(path, record)
+
+
+def test_threads_that_need_a_file_read_it_once(
+    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SETTLED_SECONDS", -1)
+    record = commit_bytes(tmp_path / "file", b"x" * (1 << 22))
+    reads.clear()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: check_file_once(tmp_path / "file", record), range(8)))
+    assert len(reads) == 1
