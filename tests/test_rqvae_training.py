@@ -341,6 +341,7 @@ STORED: dict[int, list[list[float]]] = {
 def test_the_version_is_raised_when_trained_networks_change(
     which: int, array: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("faiss")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # Another device rounds otherwise,
     monkeypatch.setattr("semids.kmeans.accelerator", lambda: None)  # and starts from other rows.
     trained = fit(array, **WATCHED[which])

@@ -54,7 +54,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             contenders.append((RAY, ["flows.sweep"], {"ray": address}))
         for turn in range(arguments.turns):
             ids: set[str] = set()
-            for name, command, changes in contenders:
+            # Each is first in turn: what ran before leaves files in memory, and the processors warm.
+            for name, command, changes in contenders[:: -1 if turn % 2 else 1]:
                 out = folder / f"{name} {turn}"
                 config = folder / f"{name} {turn}.yaml"
                 config.write_text(yaml.safe_dump(common | changes | {"out": str(out)}))
