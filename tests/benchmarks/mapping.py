@@ -22,6 +22,7 @@ from tests.benchmarks.quality import SIZES, Codebooks, id_figures, with_beam
 
 PART = "mapping"
 SEED = 0
+REPETITIONS = 3
 
 Assigned = tuple[Codebooks, Codes]
 """The codebooks that reconstruct, and the (n, L) codes of all rows."""
@@ -50,7 +51,7 @@ def measure_mappings(vectors: NDArray[np.float16], codebooks: Codebooks) -> None
             "semids, capacity": lambda: _map_within_bounds(contents, places, codebooks),
             "dense Sinkhorn (POT), greedy rounding": lambda: (codebooks, assign_by_dense_sinkhorn(vectors, codebooks)),
         }
-        take_turns(Record(PART, facts), {name: Contender(run, 1) for name, run in runs.items()}, finish)
+        take_turns(Record(PART, facts), {name: Contender(run, REPETITIONS) for name, run in runs.items()}, finish)
 
 
 def _map_uniformly(rows: ShardedArray, codebooks: Codebooks) -> Assigned:
