@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from semids.device import accelerator, upload
 from semids.errors import ShapeError
+from semids.memory import device_free_bytes
 from semids.parallel import in_order
 
 if TYPE_CHECKING:
@@ -40,9 +41,12 @@ RELAXATION = 1.8
 BLOCK_ENTRIES = 1 << 18
 """Entries of the cost matrix handled at a time, so that the temporaries stay in the processor's cache."""
 DEVICE_BLOCK_ENTRIES = 1 << 26
-"""The same on a CUDA device, whose memory they are to fit."""
+"""The same on a CUDA device."""
+AT_A_TIME = 4
+"""Arrays of a block's size that a pass over it holds there."""
 DEVICE_ENTRIES = 1 << 21
 """Smallest cost matrix whose passes are worth a device: those of most prefixes are smaller, and there are many."""
+MOST_LOGIT = float(np.finfo(np.float32).max)
 LEAST_LOGIT = -41.0
 """Shares of a row below e^−41, which change no sum, are taken for that: their products would be subnormal numbers,
 which some processors multiply a hundred times as slowly."""
@@ -137,7 +141,7 @@ def fit_potentials(
         raise ShapeError(f"expected costs of shape (n ≥ 1, K ≥ 2), got {costs.shape}")
     if not np.isfinite(costs).all():
         raise ShapeError("expected finite costs, got NaN or infinite entries")
-    costs = np.require(costs, np.float32, "W")  # PyTorch warns of others.
+    costs = np.require(costs, np.float32, ["C", "A", "W"])  # PyTorch warns of others, or refuses them.
     bounds = bounds or Shares(1 / costs.shape[1], 1 / costs.shape[1])
     climb = partial(_climb_by_newton if costs.shape[1] <= NEWTON_CODEWORDS else _climb_by_sinkhorn, bounds)
     anneal = partial(_anneal, climb, _as_tensor(costs), standard_deviation(costs), epsilon, tolerance, max_iterations)
@@ -162,7 +166,10 @@ def _as_tensor(costs: NDArray[np.float32]) -> torch.Tensor:
     import torch
 
     device = accelerator() if costs.size >= DEVICE_ENTRIES else None
-    return torch.from_numpy(costs) if device is None else upload(costs, device)
+    free = device_free_bytes() if device is not None else None
+    if device is None or (free is not None and costs.nbytes + AT_A_TIME * 4 * DEVICE_BLOCK_ENTRIES > free):
+        return torch.from_numpy(costs)
+    return upload(costs, device)
 
 
 def _anneal(
@@ -229,7 +236,7 @@ def _climb_by_newton(
             step = (moved - values)[free]
             promised = slope[free] @ step - step @ curvature @ step / (2 * epsilon)
             kept = (there.objective - here.objective) / promised if promised > 0 else 1.0
-            damping = max(damping * max(0.2, 1 - (2 * min(kept, 1.0) - 1) ** 3), 1e-9)
+            damping = max(damping * max(0.2, 1 - (2 * min(max(kept, 0.0), 1.0) - 1) ** 3), 1e-9)
             values, here, growth = moved, there, 4.0
         else:
             damping, growth = min(growth * damping, MOST_DAMPING), 2 * growth
@@ -300,7 +307,7 @@ def _sums_of_plan(
     """Return the rows' soft minima, summed, the (K,) sums of their plan's columns, and the columns' products."""
     import torch
 
-    plan = torch.sub(torch.from_numpy(scaled).to(costs.device), costs, alpha=1 / epsilon)
+    plan = torch.sub(torch.from_numpy(scaled).to(costs.device), costs, alpha=min(1 / epsilon, MOST_LOGIT))
     peaks = plan.amax(dim=1, keepdim=True)
     plan.sub_(peaks).clamp_(min=LEAST_LOGIT).exp_()
     sums = plan.sum(dim=1, keepdim=True)

@@ -21,6 +21,7 @@ time of a sparse one's. Solving it outright would lead codewords astray by what 
 thousandfold in directions that no row tells apart; conjugate gradients end before that."""
 RELATIVE_RESIDUAL = 1e-2
 """What conjugate gradients leave, over what they begin with: of the error of an exact solution, 1e-6."""
+ROUNDING = 1e-6
 MOST_ITERATIONS = 100
 RIDGE = 1e-3
 """Pull of a codeword to where it was, in rows: it settles codewords that no row has, and sums that codebooks share."""
@@ -45,7 +46,8 @@ def refit_jointly(
     gram, sums = _normal_equations(take, codes, codebooks, weights)
     start = np.concatenate(codebooks).astype(np.float64)
     if len(sums) <= DENSE_CODEWORDS:
-        solved = _solve_by_conjugate_gradients(*(each.astype(np.float32) for each in (gram.toarray(), sums, start)))
+        pairs = gram.astype(np.float32).toarray()
+        solved = _solve_by_conjugate_gradients(pairs, sums.astype(np.float32), start.astype(np.float32))
     else:
         solved = _solve_by_conjugate_gradients(gram, sums, start)
     ends = np.cumsum([len(book) for book in codebooks])
@@ -60,7 +62,8 @@ def _solve_by_conjugate_gradients(
     solved, left = start, sums - gram @ start
     direction = left / scale
     slope = np.einsum("kd,kd->d", left, direction)
-    enough = RELATIVE_RESIDUAL**2 * slope
+    # No less than what rounding leaves of the sums: below it, codewords move where no row pulls.
+    enough = np.maximum(RELATIVE_RESIDUAL**2 * slope, ROUNDING**2 * np.einsum("kd,kd->d", sums, sums / scale))
     tiny = np.finfo(slope.dtype).tiny
     for _ in range(MOST_ITERATIONS):
         if (slope <= enough).all():

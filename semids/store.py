@@ -134,21 +134,26 @@ def check_file(path: Path, record: FileRecord) -> None:
 
 
 _found_right: dict[str, tuple[int | str, ...]] = {}
+"""Files that were found right, as they were then."""
 _turns = [threading.Lock() for _ in range(256)]
+"""Locks that files share: enough for threads to seldom wait for one that reads another file."""
 
 
 def check_file_once(path: Path, record: FileRecord) -> None:
     """As `check_file`, but a file that this process found right is not read again while it stays untouched.
 
-    A file is touched where its number, its size or its times are not what they were. Threads that need the same file
-    wait for the one that reads it.
+    A file is touched where its number, its size or its times are not what they were; what a disk loses without them is
+    found by the next process. Threads that need the same file wait for the one that reads it.
 
     Raises:
         CorruptionError, StorageError: as `check_file` does.
     """
     with _turns[hash(path) % len(_turns)]:
+        started = time.time()
         try:
-            facts = path.stat()
+            # Of the open file: network file systems answer for a path from memory.
+            with path.open("rb") as file:
+                facts = os.fstat(file.fileno())
         except OSError:
             check_file(path, record)
             return
@@ -157,7 +162,7 @@ def check_file_once(path: Path, record: FileRecord) -> None:
             return
         check_file(path, record)
         # What was touched a moment ago could be touched again without a change of its times.
-        if time.time() - facts.st_ctime > SETTLED_SECONDS:
+        if started - facts.st_ctime > SETTLED_SECONDS:
             _found_right[str(path)] = known
 
 

@@ -112,7 +112,7 @@ def test_costs_that_are_not_costs_are_refused(costs: np.ndarray) -> None:
 def test_a_start_that_leads_nowhere_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = make_costs(600, 16)
     # One codeword so far ahead that the others get no row: the slope says nothing of how far they have to go.
-    astray = np.where(np.arange(16) == 3, 0, -1e4).astype(np.float32)
+    astray = np.where(np.arange(16) == 3, 0, -1e6).astype(np.float32)
     bounds = Shares(0, 1 / 16)
     assert fit_potentials(costs, epsilon=0.01, max_iterations=60, start=astray, bounds=bounds).converged
 
@@ -121,3 +121,25 @@ def test_a_start_that_leads_nowhere_is_given_up(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(balance, "_anneal", never_from_zero)
     assert not fit_potentials(costs, epsilon=0.01, max_iterations=60, start=astray, bounds=bounds).converged
+
+
+def test_costs_in_any_layout_give_the_same_potentials_and_stay_as_they_are() -> None:
+    costs = make_costs(400, 8).astype(np.float32)
+    best = fit_potentials(costs, epsilon=0.05, max_iterations=60).values
+    packed = np.zeros(400, dtype=[("flag", "u1"), ("costs", "f4", (8,))])
+    packed["costs"] = costs
+    read_only = costs.copy()
+    read_only.flags.writeable = False
+    layouts = [costs[::-1][::-1], np.asfortranarray(costs), packed["costs"], read_only, costs.astype(">f4")]
+    for each in layouts:
+        before = each.copy()
+        assert np.array_equal(fit_potentials(each, epsilon=0.05, max_iterations=60).values, best)
+        assert np.array_equal(each, before)
+    turned = fit_potentials(costs[:, ::-1], epsilon=0.05, max_iterations=60).values[::-1]
+    assert np.abs(turned - best).max() < 1e-4
+
+
+def test_a_smoothing_whose_inverse_float32_does_not_hold_gives_finite_potentials() -> None:
+    tiny = make_costs(100, 4).astype(np.float32) * np.float32(1e-40)
+    found = fit_potentials(tiny, epsilon=1e-41, max_iterations=5)
+    assert np.isfinite(found.values).all()

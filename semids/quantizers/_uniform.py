@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from semids.arrays import Codes, code_dtype
 from semids.balance import COARSE_TOLERANCE, TOLERANCE, Potentials, fit_potentials, standard_deviation
 from semids.kmeans import sample_rows, training_budget
 from semids.progress import Progress
@@ -106,28 +107,26 @@ def _balance_level(
     def done(fits: int) -> None:
         progress(step.title, fits, REFIT_STEPS + 1, "fits")
 
-    return _balance(sample, codebook, done)
+    return _balance(sample, codebook, seed=step.parameters["seed"], done=done)
 
 
-def _balance(sample: Sample, codebook: NDArray[np.float32], done: Callable[[int], None]) -> StepOutcome:
+def _balance(sample: Sample, codebook: NDArray[np.float32], *, seed: int, done: Callable[[int], None]) -> StepOutcome:
     """Move a codebook to the centroids of a balanced assignment, and find its potentials."""
-    size, residuals, weights = len(codebook), sample.residuals, sample.weights
-    # Views of evenly spaced rows: they are drawn at random as it is.
-    part = slice(None, None, -(-len(residuals) // (COARSE_ROWS_PER_CODEWORD * size)))
-    fitted_on = residuals[:: -(-len(residuals) // (COST_BYTES // (4 * size)))]
+    residuals, weights = sample.residuals, sample.weights
+    # Drawn, not evenly spaced: a sample of all rows is in the order of the catalogue, which may have a period.
+    part = sample_rows(len(residuals), COARSE_ROWS_PER_CODEWORD * len(codebook), seed=seed)
+    few, few_weights = residuals[part], weights[part] if weights is not None else None
     potentials: NDArray[np.float32] | None = None
     for step in range(REFIT_STEPS):
         done(step)
-        costs = _costs(residuals[part], codebook)
-        potentials = _fit_uniform(costs, start=potentials, tolerance=COARSE_TOLERANCE).values
+        codes, potentials = _assign_evenly(few, codebook, start=potentials, seed=seed)
         if step < REFIT_STEPS - 1:
-            costs -= potentials
-            codes = costs.argmin(axis=1)
-            codebook = _centroids(residuals[part], codes, codebook, weights[part] if weights is not None else None)
+            codebook = _centroids(few, codes, codebook, few_weights)
         else:
-            codes = ResidualCodebooks((codebook,), (potentials,)).assign(residuals)[:, 0]
+            codes = ResidualCodebooks((codebook,), (potentials,)).assign(residuals)
             codebook = _centroids(residuals, codes, codebook, weights)
     done(REFIT_STEPS)
+    fitted_on = _as_costs_fit(residuals, len(codebook), seed=seed)
     found = _fit_uniform(_costs(fitted_on, codebook), start=potentials, tolerance=TOLERANCE)
     done(REFIT_STEPS + 1)
     evidence: dict[str, Any] = {
@@ -143,9 +142,28 @@ def _balance(sample: Sample, codebook: NDArray[np.float32], done: Callable[[int]
     return StepOutcome({"codebook": codebook, "potentials": found.values}, evidence)
 
 
+def _as_costs_fit(residuals: NDArray[np.float32], size: int, *, seed: int) -> NDArray[np.float32]:
+    """Return the rows, or as many of them, drawn by the seed, as a cost matrix has room for."""
+    room = COST_BYTES // (4 * size)
+    return residuals if len(residuals) <= room else residuals[sample_rows(len(residuals), room, seed=seed)]
+
+
+def _assign_evenly(
+    residuals: NDArray[np.float32], codebook: NDArray[np.float32], *, start: NDArray[np.float32] | None, seed: int
+) -> tuple[Codes, NDArray[np.float32]]:
+    """Return the (n, 1) codes under about equal loads, and the (K,) potentials that give them."""
+    fitted_on = _as_costs_fit(residuals, len(codebook), seed=seed)
+    costs = _costs(fitted_on, codebook)
+    potentials = _fit_uniform(costs, start=start, tolerance=COARSE_TOLERANCE).values
+    if len(fitted_on) < len(residuals):
+        return ResidualCodebooks((codebook,), (potentials,)).assign(residuals), potentials
+    costs -= potentials
+    return costs.argmin(axis=1)[:, None].astype(code_dtype((len(codebook),))), potentials
+
+
 def _centroids(
     residuals: NDArray[np.float32],
-    codes: NDArray[np.integer],
+    codes: Codes,
     codebook: NDArray[np.float32],
     weights: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
@@ -153,7 +171,7 @@ def _centroids(
     def take(rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return residuals[rows[0] : rows[-1] + 1]
 
-    (moved,) = refit_jointly(take, codes[:, None].astype(np.uint32), (codebook,), weights=weights)
+    (moved,) = refit_jointly(take, codes, (codebook,), weights=weights)
     return moved
 
 

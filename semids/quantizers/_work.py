@@ -191,8 +191,9 @@ def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: in
     fitted = min(rows, largest // (4 * size))
     few = min(rows, coarse * size)
     product = encoding([size], d, 4)
-    # The sample, and the costs of the rows of it that potentials are fitted to.
-    held = Work({product: (rows + refits * few + fitted) * size}, memory=4 * rows * d + 5 * max(few, fitted) * size)
+    # The sample, parts of it, and the costs of the rows that potentials are fitted to.
+    copied = few + (fitted if fitted < rows else 0)
+    held = Work({product: (rows + refits * few + fitted) * size}, memory=4 * (rows + copied) * d + 5 * fitted * size)
     return (
         _sample_work(level, sizes, counts)
         + fit_work(few, size, refits * PASSES)
@@ -202,16 +203,18 @@ def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: in
     )
 
 
-def bounded_work(sizes: Sequence[int], bounds: Bounds, counts: Counts, *, rounds: int, coarse: int, part: int) -> Work:
+def bounded_work(
+    sizes: Sequence[int], bounds: Bounds, counts: Counts, *, rounds: int, coarse: int, part: int, least: int
+) -> Work:
     """Return the work of fitting all codebooks within bounds.
 
     Args:
-        rounds: re-fits of all codebooks, of which the first `coarse` see one of `part` rows.
+        rounds: re-fits of all codebooks, of which the first `coarse` see one of `part` rows, and `least` at least.
     """
     d, levels = counts.dimensions, len(sizes)
     budget = training_budget(max(sizes), d)
     rows = min(budget, counts.training)
-    few = min(budget // part, rows)
+    few = min(max(least, budget // part), rows)
     work = _held_work(rows, few, sizes, counts)
     for seen, times in ((few, coarse), (rows, rounds - coarse)):
         for level in range(levels):
@@ -226,15 +229,19 @@ def bounded_work(sizes: Sequence[int], bounds: Bounds, counts: Counts, *, rounds
     )
 
 
-def settled_work(sizes: Sequence[int], bounds: Bounds, counts: Counts, *, rounds: int) -> Work:
-    """Return the work of fitting the last codebook to whole prefixes."""
+def settled_work(
+    sizes: Sequence[int], bounds: Bounds, counts: Counts, *, rounds: int, coarse: int, part: int, least: int
+) -> Work:
+    """Return the work of fitting the last codebook to whole prefixes; see `bounded_work`."""
     d, last = counts.dimensions, len(sizes) - 1
     rows = min(training_budget(sizes[last], d), counts.training)
-    work = _held_work(rows, 0, sizes, counts)
-    found = level_work(rows, last, sizes, bounds, counts, priced=False, whole=True)
-    work += Work({probe: rounds * amount for probe, amount in found.units.items()})
+    few = min(max(least, rows // part), rows)
+    work = _held_work(rows, few, sizes, counts)
+    for seen, times in ((few, coarse), (rows, rounds - coarse)):
+        found = level_work(seen, last, sizes, bounds, counts, priced=False, whole=True)
+        work += Work({probe: times * amount for probe, amount in found.units.items()})
+        work += Work({refitting(d): times * seen * len(sizes)})
     return work + Work(
-        {refitting(d): rounds * rows * len(sizes)},
         memory=work.memory + _equation_bytes(rows, sizes, d),
         disk=codebook_bytes([sizes[last]], d),
     )

@@ -55,7 +55,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         for turn in range(arguments.turns):
             ids: set[str] = set()
             # Each is first in turn: what ran before leaves files in memory, and the processors warm.
-            for name, command, changes in contenders[:: -1 if turn % 2 else 1]:
+            first = turn % len(contenders)
+            for name, command, changes in contenders[first:] + contenders[:first]:
                 out = folder / f"{name} {turn}"
                 config = folder / f"{name} {turn}.yaml"
                 config.write_text(yaml.safe_dump(common | changes | {"out": str(out)}))

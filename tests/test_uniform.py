@@ -1,0 +1,44 @@
+"""Levels of equal loads: codebooks fitted to parts of the rows, whatever the order of the catalogue."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from semids.quantizers import _uniform
+from semids.residual import ResidualCodebooks
+
+
+def balance_of(residuals: np.ndarray, size: int = 8) -> tuple[float, Mapping[str, Any]]:
+    """The relative error of a balanced level, and its evidence."""
+    start = residuals[:: len(residuals) // size][:size]
+    outcome = _uniform._balance(_uniform.Sample(residuals, None), start, seed=0, done=lambda fits: None)
+    books = ResidualCodebooks((outcome.tensors["codebook"],), (outcome.tensors["potentials"],))
+    left = residuals - books.decode(books.encode(residuals))
+    return float(np.square(left).sum() / np.square(residuals).sum()), outcome.evidence
+
+
+def test_variants_that_take_turns_in_a_catalogue_are_all_seen_while_a_level_is_balanced() -> None:
+    rng = np.random.default_rng(2)
+    # Eight in turn, where the early re-fits see an eighth of the rows: evenly spaced ones would all be of one variant.
+    rows = rng.normal(size=(8, 16))[np.arange(16_384) % 8] + 0.2 * rng.normal(size=(16_384, 16))
+    in_turn, _ = balance_of(rows.astype(np.float32))
+    shuffled, _ = balance_of(rng.permutation(rows).astype(np.float32))
+    assert in_turn == pytest.approx(shuffled, rel=0.1)
+
+
+def test_a_cost_matrix_keeps_its_bound_while_a_level_is_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = _uniform._costs
+
+    def watched(residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+        made.append(4 * len(residuals) * len(codebook))
+        return real(residuals, codebook)
+
+    monkeypatch.setattr(_uniform, "_costs", watched)
+    monkeypatch.setattr(_uniform, "COST_BYTES", 32_000)
+    _, evidence = balance_of(np.random.default_rng(3).normal(size=(4096, 16)).astype(np.float32))
+    assert max(made) == 32_000
+    assert evidence["potentials_rows"] == 1000
+    assert evidence["load_max"] < 1.2
