@@ -46,7 +46,8 @@ AT_A_TIME = 4
 """Arrays of a block's size that a pass over it holds there."""
 DEVICE_ENTRIES = 1 << 21
 """Smallest cost matrix whose passes are worth a device: those of most prefixes are smaller, and there are many."""
-MOST_LOGIT = float(np.finfo(np.float32).max)
+MOST_SHARPNESS = float(np.finfo(np.float32).max)
+"""Largest inverse of a smoothing that costs in float32 can be multiplied by."""
 LEAST_LOGIT = -41.0
 """Shares of a row below e^−41, which change no sum, are taken for that: their products would be subnormal numbers,
 which some processors multiply a hundred times as slowly."""
@@ -162,7 +163,7 @@ Climb = Callable[["torch.Tensor", NDArray[np.float64], float, float, int], tuple
 
 def _as_tensor(costs: NDArray[np.float32]) -> torch.Tensor:
     """Return the costs where passes over them are fastest: large ones on a CUDA device, if there is one."""
-    # PyTorch takes a third of NumPy's time for a pass. Imported here: most of the package does without.
+    # PyTorch takes half of NumPy's time for a pass. Imported here: most of the package does without.
     import torch
 
     device = accelerator() if costs.size >= DEVICE_ENTRIES else None
@@ -307,7 +308,7 @@ def _sums_of_plan(
     """Return the rows' soft minima, summed, the (K,) sums of their plan's columns, and the columns' products."""
     import torch
 
-    plan = torch.sub(torch.from_numpy(scaled).to(costs.device), costs, alpha=min(1 / epsilon, MOST_LOGIT))
+    plan = torch.sub(torch.from_numpy(scaled).to(costs.device), costs, alpha=min(1 / epsilon, MOST_SHARPNESS))
     peaks = plan.amax(dim=1, keepdim=True)
     plan.sub_(peaks).clamp_(min=LEAST_LOGIT).exp_()
     sums = plan.sum(dim=1, keepdim=True)

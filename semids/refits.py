@@ -20,8 +20,10 @@ DENSE_CODEWORDS = 3072
 time of a sparse one's. Solving it outright would lead codewords astray by what float32 rounds off their sums, a
 thousandfold in directions that no row tells apart; conjugate gradients end before that."""
 RELATIVE_RESIDUAL = 1e-2
-"""What conjugate gradients leave, over what they begin with: of the error of an exact solution, 1e-6."""
+"""Slope that conjugate gradients leave, over the one that they begin with: it adds 1e-6 to the error of codebooks that
+were fitted before."""
 ROUNDING = 1e-6
+"""The same over the slope of codewords that are zero, at least: less is what float32 rounds off the sums."""
 MOST_ITERATIONS = 100
 RIDGE = 1e-3
 """Pull of a codeword to where it was, in rows: it settles codewords that no row has, and sums that codebooks share."""

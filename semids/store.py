@@ -118,6 +118,7 @@ def check_file(path: Path, record: FileRecord) -> None:
 
     Raises:
         CorruptionError: it is missing, or its size or digest differs.
+        StorageError: it cannot be read.
     """
     remedy = "delete its folder and run again to rebuild it"
     if not path.is_file():

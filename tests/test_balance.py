@@ -143,3 +143,13 @@ def test_a_smoothing_whose_inverse_float32_does_not_hold_gives_finite_potentials
     tiny = make_costs(100, 4).astype(np.float32) * np.float32(1e-40)
     found = fit_potentials(tiny, epsilon=1e-41, max_iterations=5)
     assert np.isfinite(found.values).all()
+
+
+@pytest.mark.parametrize("seed", [0, 3, 5, 6])
+def test_steps_stay_long_enough_where_a_constant_hides_how_far_the_objective_rises(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    points, centres = rng.normal(size=(600, 6)), rng.normal(size=(16, 6))
+    costs = ((points[:, None] - centres[None]) ** 2).sum(axis=2)
+    # float32 rounds the objective by as much as the last steps raise it: only their errors tell that they are good.
+    shifted = (costs / costs.std() + 3000).astype(np.float32)
+    assert fit_potentials(shifted, epsilon=0.02, max_iterations=60).converged

@@ -14,6 +14,7 @@ from semids.blocks import KeptBlocks, Placement
 from semids.capacity import Bounds, Loads, resolve_bounds
 from semids.config import BuildConfig, make_config
 from semids.prefixes import assign_within_bounds
+from semids.quantizers import _bounded
 from semids.refits import refit_jointly
 from semids.residual import PriceTable, ResidualCodebooks
 from semids.shards import EVERY
@@ -240,3 +241,14 @@ def test_a_level_made_in_lots_is_the_level_made_at_once(
     assert alone.digest == shared.digest
     assert set(kept) == {"train-placed-2", "train-placed-3"}
     assert min(kept.values()) > 3
+
+
+def test_coarse_rounds_see_whole_prefixes_and_never_few_of_them() -> None:
+    many = np.random.default_rng(4).integers(0, 4000, 100_000)
+    part = _bounded._part_of_prefixes(many, seed=0)
+    assert not isinstance(part, slice)
+    assert 20_000 < len(part) <= 25_000
+    assert len(np.flatnonzero(np.isin(many, many[part]))) == len(part)
+    # A quarter of these rows would be those of one prefix or two.
+    assert _bounded._part_of_prefixes(np.arange(100_000) % 7, seed=0) == EVERY
+    assert _bounded._part_of_prefixes(many[:50], seed=0) == EVERY

@@ -117,14 +117,14 @@ def _balance(sample: Sample, codebook: NDArray[np.float32], *, seed: int, done: 
     part = sample_rows(len(residuals), COARSE_ROWS_PER_CODEWORD * len(codebook), seed=seed)
     few, few_weights = residuals[part], weights[part] if weights is not None else None
     potentials: NDArray[np.float32] | None = None
-    for step in range(REFIT_STEPS):
+    for step in range(REFIT_STEPS - 1):
         done(step)
         codes, potentials = _assign_evenly(few, codebook, start=potentials, seed=seed)
-        if step < REFIT_STEPS - 1:
-            codebook = _centroids(few, codes, codebook, few_weights)
-        else:
-            codes = ResidualCodebooks((codebook,), (potentials,)).assign(residuals)
-            codebook = _centroids(residuals, codes, codebook, weights)
+        codebook = _centroids(few, codes, codebook, few_weights)
+    done(REFIT_STEPS - 1)
+    _, potentials = _assign_evenly(few, codebook, start=potentials, seed=seed)
+    codes = ResidualCodebooks((codebook,), (potentials,)).assign(residuals)
+    codebook = _centroids(residuals, codes, codebook, weights)
     done(REFIT_STEPS)
     fitted_on = _as_costs_fit(residuals, len(codebook), seed=seed)
     found = _fit_uniform(_costs(fitted_on, codebook), start=potentials, tolerance=TOLERANCE)
