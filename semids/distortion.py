@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semids.arrays import Codes, Vectors, check_vectors
+from semids.arrays import Codes, Vectors, check_vectors, widen
 from semids.errors import ShapeError
+from semids.parallel import in_order, slices
 
 # Numbers per block: the temporaries of a block take some tens of megabytes.
 BLOCK_NUMBERS = 1 << 21
@@ -54,14 +55,21 @@ class Distortion:
             raise ShapeError(f"expected non-negative weights, got {weights.min()}")
         rows = max(1, BLOCK_NUMBERS // len(self._mean))
         for start in range(0, len(vectors), rows):
-            here = start + np.flatnonzero(weights[start : start + rows])
-            if len(here):
+            block = slice(start, start + rows)
+            present = weights[block] > 0
+            here = block if present.all() else start + np.flatnonzero(present)
+            if present.any():
                 self._add_block(vectors[here], squared_errors[here], weights[here].astype(np.float64))
 
     def _add_block(self, vectors: Vectors, squared_errors: NDArray[Any], weights: NDArray[np.float64]) -> None:
         # Relative to the first row, equal rows give exactly 0, and float32 holds what is left of far-off data.
-        origin = vectors[0].astype(np.result_type(vectors.dtype, np.float32))
-        offsets = vectors - origin
+        offsets = np.empty(vectors.shape, np.result_type(vectors.dtype, np.float32))
+        if offsets.dtype == np.float32:
+            widen(vectors, out=offsets)
+        else:
+            offsets[...] = vectors
+        origin = offsets[0].copy()
+        offsets -= origin
         weight = float(weights.sum())
         mean = (weights.astype(offsets.dtype) @ offsets) / offsets.dtype.type(weight)
         offsets -= mean
@@ -170,17 +178,20 @@ def neighbour_figures(
     )
     unit_vectors, unit_groups = _unit_rows(vectors), _unit_rows(reconstructions[first_rows])
     query_rows = np.arange(queries, dtype=np.int64) * m // queries
-    rows = max(1, BLOCK_NUMBERS // m)
-    overlap, agreeing = 0.0, np.zeros(codes.shape[1], dtype=np.int64)
-    for start in range(0, queries, rows):
-        block = query_rows[start : start + rows]
+
+    def compare(part: slice) -> tuple[float, NDArray[np.int64]]:
+        block = query_rows[part]
         similarities = unit_vectors[block] @ unit_vectors.T
         similarities[np.arange(len(block)), block] = -np.inf
         true_rows = _largest(similarities, k)
         chances = _chances_among_nearest(unit_groups, group_sizes, group_of_row[block], group_of_row[true_rows], k)
-        overlap += float(chances.sum())
         same = codes[true_rows] == codes[block][:, None, :]
-        agreeing += np.logical_and.accumulate(same, axis=2).sum(axis=(0, 1))
+        return float(chances.sum()), np.logical_and.accumulate(same, axis=2).sum(axis=(0, 1))
+
+    overlap, agreeing = 0.0, np.zeros(codes.shape[1], dtype=np.int64)
+    for part_overlap, part_agreeing in in_order(compare, slices(queries, max(1, BLOCK_NUMBERS // m))):
+        overlap += part_overlap
+        agreeing += part_agreeing
     pairs = queries * k
     return NeighbourFigures(m, queries, k, overlap / pairs, tuple((agreeing / pairs).tolist()), _chance(codes))
 

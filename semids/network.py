@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from semids.arrays import Vectors, widen
 from semids.device import DeviceNetwork, accelerator
 from semids.errors import ShapeError
-from semids.parallel import in_order
+from semids.parallel import in_order, slices
 
 CHUNK_ROWS = 2048
 """Rows that pass through all layers at a time: what they become in between stays small."""
@@ -66,7 +66,7 @@ class Network:
         if self._on_device is not None:
             return self._on_device.apply(rows)
         out = np.empty((len(rows), self.dimensions[1]), np.float32)
-        parts = [slice(start, start + CHUNK_ROWS) for start in range(0, len(rows), CHUNK_ROWS)]
+        parts = slices(len(rows), CHUNK_ROWS)
         for part, found in zip(parts, in_order(lambda part: self._apply_chunk(rows[part]), parts), strict=True):
             out[part] = found
         return out

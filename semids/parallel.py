@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
+
+from threadpoolctl import ThreadpoolController
 
 AHEAD = 2
 """Items a thread that are at work or done before their turn: what they hold in memory is bounded."""
@@ -27,8 +30,10 @@ def thread_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield `work(item)` for every item, in the order of the items, computed by threads ahead of their turn.
+
+    Items are asked for by the thread that asks for results, a few ahead of them.
 
     A product of matrices within `work` runs in its thread alone, so that its bytes are the same for any number of
     threads. Called within `work`, this computes one item after the other.
@@ -36,53 +41,81 @@ def in_order(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[
     Raises:
         Exception: what `work` raised for the first item, in their order, that failed.
     """
-    count = min(thread_count(), len(items))
-    if count <= 1 or getattr(_here, "is_worker", False):
+    if getattr(_here, "is_worker", False):
         yield from map(work, items)
         return
-    waiting: deque[Future[Result]] = deque()
-    with _single_threaded_libraries(), ThreadPoolExecutor(count, initializer=_become_worker) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) == AHEAD * count:
+    count = min(thread_count(), len(items)) if isinstance(items, Sized) else thread_count()
+    with single_threaded_products():
+        if count <= 1:
+            yield from map(work, items)
+            return
+        waiting: deque[Future[Result]] = deque()
+        with ThreadPoolExecutor(count, initializer=_become_worker) as pool:
+            try:
+                for item in items:
+                    waiting.append(pool.submit(work, item))
+                    if len(waiting) == AHEAD * count:
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+def slices(rows: int, step: int) -> list[slice]:
+    """Return the slices that divide so many rows into parts of `step` rows and a last one."""
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _become_worker() -> None:
+    # Imported here: most of the package does without.
+    import torch
+
     _here.is_worker = True
+    # For this thread alone; PyTorch, which first takes over what the process has, would set it for all of them.
+    torch.get_num_threads()
+    _openmp().limit(limits=1)
+
+
+@cache
+def _openmp() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="openmp")
+
+
+@cache
+def _products() -> ThreadpoolController:
+    # Its library is loaded by now, and found.
+    import scipy.linalg  # noqa: F401
+
+    loaded = ThreadpoolController()
+    libraries = [library["filepath"] for library in loaded.info() if library["user_api"] == "blas"]
+    return loaded.select(filepath=[path for path in libraries if "faiss" not in path])
 
 
 class _Limits:
-    """How many regions need libraries to keep to one thread each, and what to undo when none is left."""
+    """How many regions need NumPy to keep to one thread each, and what undoes it when none is left."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.regions = 0
-        self.undo: list[Callable[[], Any]] = []
+        self.undo: Callable[[], Any] = lambda: None
 
 
 _limits = _Limits()
 
 
 @contextmanager
-def _single_threaded_libraries() -> Generator[None]:
-    # The setting is one for the whole process, and cells of a sweep are threads of it: the last region restores it.
-    # Imported here: most of the package does without.
-    import torch
-    from threadpoolctl import ThreadpoolController
+def single_threaded_products() -> Generator[None]:
+    """Have NumPy and SciPy compute every product of matrices in the thread that asks for it.
 
+    The last bits of a product depend on how many threads share it, and that number is one for the whole process: cells
+    of a sweep, which are threads of it, would change each other's results. FAISS keeps its threads: it has a library of
+    its own, and what it sums does not depend on them.
+    """
     with _limits.lock:
         if not _limits.regions:
-            limiter = ThreadpoolController().limit(limits=1, user_api="blas")
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            _limits.undo = [limiter.restore_original_limits, lambda: torch.set_num_threads(threads)]
+            _limits.undo = _products().limit(limits=1).restore_original_limits
         _limits.regions += 1
     try:
         yield
@@ -90,5 +123,4 @@ def _single_threaded_libraries() -> Generator[None]:
         with _limits.lock:
             _limits.regions -= 1
             if not _limits.regions:
-                for step in _limits.undo:
-                    step()
+                _limits.undo()

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array, eye_array
 
 from semids.arrays import Codes, widen
 from semids.blocks import Take
-from semids.parallel import in_order
+from semids.parallel import in_order, slices
 
 SUM_BYTES = 64 << 20
 """Vectors that a thread sums at a time in float32."""
@@ -25,6 +25,8 @@ were fitted before."""
 ROUNDING = 1e-6
 """The same over the slope of codewords that are zero, at least: less is what float32 rounds off the sums."""
 MOST_ITERATIONS = 100
+SOLVED_COLUMNS = 64
+"""Dimensions that a thread solves for at a time."""
 RIDGE = 1e-3
 """Pull of a codeword to where it was, in rows: it settles codewords that no row has, and sums that codebooks share."""
 
@@ -47,13 +49,17 @@ def refit_jointly(
     """
     gram, sums = _normal_equations(take, codes, codebooks, weights)
     start = np.concatenate(codebooks).astype(np.float64)
+    pairs: csr_array | NDArray[np.float32] = gram
     if len(sums) <= DENSE_CODEWORDS:
-        pairs = gram.astype(np.float32).toarray()
-        solved = _solve_by_conjugate_gradients(pairs, sums.astype(np.float32), start.astype(np.float32))
-    else:
-        solved = _solve_by_conjugate_gradients(gram, sums, start)
+        pairs, sums, start = gram.astype(np.float32).toarray(), sums.astype(np.float32), start.astype(np.float32)
+
+    def solve(columns: slice) -> NDArray[np.float32]:
+        solved = _solve_by_conjugate_gradients(pairs, sums[:, columns].copy(), start[:, columns].copy())
+        return solved.astype(np.float32)
+
+    solved = np.concatenate(list(in_order(solve, slices(sums.shape[1], SOLVED_COLUMNS))), axis=1)
     ends = np.cumsum([len(book) for book in codebooks])
-    return tuple(np.split(solved.astype(np.float32), ends[:-1]))
+    return tuple(np.split(solved, ends[:-1]))
 
 
 def _solve_by_conjugate_gradients(
@@ -126,8 +132,7 @@ def _normal_equations(
     gram = RIDGE * csr_array(eye_array(total, dtype=np.float64))
     sums = RIDGE * np.concatenate(codebooks).astype(np.float64)
     step = max(1, SUM_BYTES // (4 * codebooks[0].shape[1]))
-    blocks = [slice(start, min(start + step, len(codes))) for start in range(0, len(codes), step)]
-    for counts, of_vectors in in_order(products, blocks):
+    for counts, of_vectors in in_order(products, slices(len(codes), step)):
         # float32 within a block, float64 from block to block: a codeword of a large catalogue sums 100,000 rows.
         gram = gram + counts
         sums += of_vectors

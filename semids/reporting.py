@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semids.arrays import Codes, format_shape
+from semids.arrays import Codes, Vectors, format_shape
 from semids.config import QUANTIZERS, BuildConfig
 from semids.curves import PLOT, find_curves
 from semids.distortion import Distortion, NeighbourFigures, neighbour_figures
@@ -21,6 +21,7 @@ from semids.fingerprints import code_digest, method_code
 from semids.kmeans import sample_rows
 from semids.metrics import measure_ids
 from semids.page import render_markdown
+from semids.parallel import in_order
 from semids.pipeline import make_stage, multiplicities, read_quantizer
 from semids.plots import plot_report, plot_training
 from semids.progress import Progress
@@ -181,11 +182,22 @@ def _measure_distortion(
     """Return the distortion of each split, and of all of them together under None, weighted by items."""
     array = StageReader(vectors.path).array("vectors")
     errors = StageReader(codes.path).array("squared_errors")
-    measured = {name: Distortion(array.layout.columns, errors.layout.columns) for name in counts}
-    for (start, rows), (_, row_errors) in zip(array.chunks(MEASURED_ROWS), errors.chunks(MEASURED_ROWS), strict=True):
+
+    def nothing() -> dict[str, Distortion]:
+        return {name: Distortion(array.layout.columns, errors.layout.columns) for name in counts}
+
+    def measure(start: int, rows: Vectors, row_errors: NDArray[np.float32]) -> tuple[int, dict[str, Distortion]]:
+        stop, parts = start + len(rows), nothing()
         for name, split_counts in counts.items():
-            measured[name].add(rows, row_errors, split_counts[start : start + len(rows)])
-        progress("measure distortion", start + len(rows), array.layout.rows, "contents")
+            parts[name].add(rows, row_errors, split_counts[start:stop])
+        return stop, parts
+
+    chunks = zip(array.chunks(MEASURED_ROWS), errors.chunks(MEASURED_ROWS), strict=True)
+    measured = nothing()
+    for done, parts in in_order(lambda chunk: measure(*chunk[0], chunk[1][1]), chunks):
+        for name, part in parts.items():
+            measured[name].merge(part)
+        progress("measure distortion", done, array.layout.rows, "contents")
     overall = Distortion(array.layout.columns, errors.layout.columns)
     for distortion in measured.values():
         overall.merge(distortion)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype, widen
 from semids.device import DeviceCodebooks, accelerator
 from semids.errors import ShapeError
-from semids.parallel import in_order
+from semids.parallel import in_order, slices
 
 PRODUCT_BYTES = 1 << 30
 """Largest products of codewords with those of other levels that are kept: enough for 8 levels of 3,000 codewords, or 2
@@ -155,7 +155,7 @@ class ResidualCodebooks:
     def assign(self, rows: Vectors) -> Codes:
         """Return the codes of rows that are known to be finite and of the right width; zero rows are fine."""
         codes = np.empty((len(rows), len(self.sizes)), dtype=code_dtype(self.sizes))
-        parts = _parts(len(rows))
+        parts = slices(len(rows), PART_ROWS)
         for part, found in zip(parts, in_order(lambda part: self._assign_part(rows[part]), parts), strict=True):
             codes[part] = found
         return codes
@@ -280,7 +280,7 @@ class ResidualCodebooks:
         """Return the (n, L) squared distances of vectors to their reconstructions by depth, squared vector units."""
         check_codes(codes, self.sizes)
         errors = np.empty(codes.shape, dtype=np.float32)
-        parts = _parts(len(vectors))
+        parts = slices(len(vectors), PART_ROWS)
         found = in_order(lambda part: self._errors_of_part(vectors[part], codes[part]), parts)
         for part, part_errors in zip(parts, found, strict=True):
             errors[part] = part_errors
@@ -305,13 +305,9 @@ class ResidualCodebooks:
             widen(vectors[part], out=residuals[part])
             residuals[part] -= self.decode(codes[part])
 
-        for _ in in_order(fill, _parts(len(vectors))):
+        for _ in in_order(fill, slices(len(vectors), PART_ROWS)):
             pass
         return residuals
-
-
-def _parts(rows: int) -> list[slice]:
-    return [slice(start, start + PART_ROWS) for start in range(0, rows, PART_ROWS)]
 
 
 def _float32_chunks(rows: Vectors, step: int, *, writable: bool = False) -> Iterator[tuple[slice, NDArray[np.float32]]]:

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from semids.arrays import Codes, check_codes, pack_codes
 from semids.errors import CodesError, UsageError
+from semids.parallel import in_order
 
 BATCH_ROWS = 1 << 16
 LETTERS = string.ascii_lowercase
+NEEDS_ESCAPE = r"[^ !#-\[\]-~]"
+"""What JSON in ASCII does not write as it is: quotes, backslashes, control and other than ASCII characters."""
 
 
-def token(level: int, code: int) -> str:
+def token(level: int, code: int | str) -> str:
     """Return the token of a code: `<a_12>` for code 12 of level 0, `<b_7>` for code 7 of level 1."""
     return f"<{LETTERS[level]}_{code}>"
 
@@ -101,19 +104,35 @@ def write_ids(path: Path, items: Path, codes: Codes, suffixes: NDArray[np.uint32
 
 def write_tokens(path: Path, items: Path, codes: Codes, suffixes: NDArray[np.uint32] | None) -> None:
     """Write the IDs as the JSON of LC-Rec and MiniOneRec: `{"item": ["<a_1>", "<b_7>", …], …}`, an item a line."""
-    done = 0
+
+    def numbered() -> Iterator[tuple[Any, list[NDArray[Any]]]]:
+        done = 0
+        for item_ids, _, batch in item_codes(items, codes):
+            rest = [] if suffixes is None else [suffixes[done : done + len(batch)]]
+            done += len(batch)
+            yield item_ids, [*batch.T, *rest]
+
     with path.open("w", encoding="utf-8") as file:
         separator = "{\n"
-        for item_ids, _, batch in item_codes(items, codes):
-            rows = batch.astype(np.uint32)
-            if suffixes is not None:
-                rows = np.column_stack([rows, suffixes[done : done + len(batch)]])
-            done += len(batch)
-            for item_id, row in zip(item_ids.to_pylist(), rows.tolist(), strict=True):
-                tokens = ", ".join(f'"{token(level, code)}"' for level, code in enumerate(row))
-                file.write(f"{separator}{json.dumps(str(item_id))}: [{tokens}]")
-                separator = ",\n"
+        for lines in in_order(lambda batch: _token_lines(*batch), numbered()):
+            file.write(separator + lines)
+            separator = ",\n"
         file.write("\n}\n")
+
+
+def _token_lines(item_ids: Any, columns: Sequence[NDArray[Any]]) -> str:
+    """Return the lines of some items, given an Arrow array of their ids, and their codes and suffixes by column."""
+    names = pl.Series(values=item_ids).cast(pl.String)
+    frame = pl.DataFrame({f"c{level}": np.ascontiguousarray(column) for level, column in enumerate(columns)})
+    tokens = ", ".join(f'"{token(level, "{}")}"' for level in range(len(columns)))
+    line = pl.format(f"{{}}: [{tokens}]", _json_strings(names), *frame.columns)
+    return frame.select(line.str.join(",\n")).item()
+
+
+def _json_strings(texts: pl.Series) -> pl.Series:
+    """Return texts as JSON strings of ASCII characters; those with something to escape are taken one by one."""
+    special = texts.str.contains(NEEDS_ESCAPE).arg_true()
+    return ('"' + texts + '"').scatter(special, [json.dumps(text) for text in texts.gather(special)])
 
 
 def read_code_columns(path: Path, sizes: Sequence[int] | None) -> Codes:

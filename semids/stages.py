@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from semids.errors import CorruptionError
 from semids.memory import PeakMemory, release_memory
-from semids.parallel import thread_count
+from semids.parallel import single_threaded_products, thread_count
 from semids.progress import Progress, silent
 from semids.shards import COMPUTED, EVERY, ShardedArray, ShardLayout, check_origin, shard_name, write_shards
 from semids.store import (
@@ -212,7 +212,8 @@ def make_shards(folder: Path, stage: Stage, *, lot: int, lots: int, progress: Pr
         StorageError: the file system refused.
     """
     target = _folder_of(folder, stage)
-    stage.build(StageOutput(target, stage.fingerprint, progress, stage.origin, slice(lot, None, lots)))
+    with single_threaded_products():
+        stage.build(StageOutput(target, stage.fingerprint, progress, stage.origin, slice(lot, None, lots)))
 
 
 def find_stage(folder: Path, stage: Stage) -> Ref | None:
@@ -282,7 +283,7 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     _remove_folders(target, TEMPORARY_PREFIX)
     started = time.monotonic()
     output = StageOutput(target, stage.fingerprint, progress, stage.origin)
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, single_threaded_products():
         summary = stage.build(output)
     # Threads and training steps leave hundreds of megabytes freed but kept, which later stages would be charged for.
     release_memory()

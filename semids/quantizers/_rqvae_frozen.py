@@ -9,7 +9,7 @@ from semids.arrays import Codes, Vectors, check_codes, check_vectors, code_dtype
 from semids.blocks import Take
 from semids.free_ids import find_free_ids
 from semids.network import CHUNK_ROWS, Network
-from semids.parallel import in_order
+from semids.parallel import in_order, slices
 from semids.quantizers.base import FrozenQuantizer, Tensors
 from semids.residual import ResidualCodebooks
 from semids.shards import ShardedArray
@@ -44,7 +44,7 @@ class FrozenRqvae(FrozenQuantizer):
         """Return the (n, L) codes of (n, d) vectors."""
         check_vectors(vectors, dimensions=self.dimensions)
         codes = np.empty((len(vectors), len(self.sizes)), dtype=code_dtype(self.sizes))
-        parts = [slice(start, start + PART_ROWS) for start in range(0, len(vectors), PART_ROWS)]
+        parts = slices(len(vectors), PART_ROWS)
 
         def encode_part(part: slice) -> Codes:
             return self.codebooks.assign(self.encoder.apply(vectors[part]))
@@ -68,7 +68,7 @@ class FrozenRqvae(FrozenQuantizer):
         """Return the (n, L) squared distances of vectors to their reconstructions, by depth, in input space."""
         check_codes(codes, self.sizes)
         errors = np.empty(codes.shape, dtype=np.float32)
-        parts = [slice(start, start + CHUNK_ROWS) for start in range(0, len(vectors), CHUNK_ROWS)]
+        parts = slices(len(vectors), CHUNK_ROWS)
 
         def measure(part: slice) -> NDArray[np.float32]:
             here = np.empty((len(vectors[part]), len(self.sizes)), np.float32)

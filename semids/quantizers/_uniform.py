@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from semids.arrays import Codes, code_dtype
 from semids.balance import COARSE_TOLERANCE, TOLERANCE, Potentials, fit_potentials, standard_deviation
 from semids.kmeans import sample_rows, training_budget
+from semids.parallel import in_order, slices
 from semids.progress import Progress
 from semids.quantizers._codebooks import start_codebook
 from semids.quantizers._work import uniform_work
 from semids.quantizers.base import StepOutcome, Tensors, TrainingData, TrainingStep
 from semids.refits import refit_jointly
-from semids.residual import ResidualCodebooks
+from semids.residual import PART_ROWS, ResidualCodebooks
 
 REFIT_STEPS = 6
 """Lloyd steps under the uniform assignment, all but the last on a part of the rows: on real product vectors none costs
@@ -176,9 +177,17 @@ def _centroids(
 
 
 def _costs(residuals: NDArray[np.float32], codebook: NDArray[np.float32]) -> NDArray[np.float32]:
-    costs = residuals @ (-2 * codebook.T)
-    costs += np.einsum("kd,kd->k", codebook, codebook)
-    costs += np.einsum("nd,nd->n", residuals, residuals)[:, None]
+    costs = np.empty((len(residuals), len(codebook)), np.float32)
+    doubled, lengths = -2 * codebook.T, np.einsum("kd,kd->k", codebook, codebook)
+
+    def fill(part: slice) -> None:
+        rows, here = residuals[part], costs[part]
+        np.matmul(rows, doubled, out=here)
+        here += lengths
+        here += np.einsum("nd,nd->n", rows, rows)[:, None]
+
+    for _ in in_order(fill, slices(len(residuals), PART_ROWS)):
+        pass
     return costs
 
 
