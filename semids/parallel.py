@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from collections import deque
@@ -85,9 +86,8 @@ def _openmp() -> ThreadpoolController:
 
 @cache
 def _products() -> ThreadpoolController:
-    # Its library is loaded by now, and found.
-    import scipy.linalg  # noqa: F401
-
+    # Otherwise its library, loaded later, would not be among those that are found.
+    importlib.import_module("scipy.linalg")
     loaded = ThreadpoolController()
     libraries = [library["filepath"] for library in loaded.info() if library["user_api"] == "blas"]
     return loaded.select(filepath=[path for path in libraries if "faiss" not in path])
