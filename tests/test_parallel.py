@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from semids import residual
 from semids.balance import fit_potentials
 from semids.capacity import Bounds
 from semids.parallel import in_order, thread_count
+from semids.pipeline import make_stage
 from semids.prefixes import assign_within_bounds
 from semids.residual import ResidualCodebooks
+from semids.stages import StageOutput, run_stage
 
 
 def blas_threads() -> set[int]:
-    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    libraries = (library for library in threadpool_info() if library["user_api"] == "blas")
+    return {library["num_threads"] for library in libraries if "faiss" not in library["filepath"]}
 
 
 def test_results_come_in_order_whoever_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +81,71 @@ def test_libraries_keep_to_one_thread_within_and_get_theirs_back(monkeypatch: py
         assert own == {1}
         assert nested == [{1}] * 3
     assert blas_threads() == before
+
+
+def test_items_are_asked_for_a_few_ahead_of_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    asked: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            asked.append(item)
+            yield item
+
+    results = in_order(lambda item: -item, items())
+    assert next(results) == 0
+    assert len(asked) <= 5
+    assert list(results) == [-item for item in range(1, 100)]
+
+
+def test_what_other_threads_do_changes_no_product_of_a_stage(tmp_path: Path) -> None:
+    """Guard: `single_threaded_products` around the building of a stage; cells of a sweep are threads of a process."""
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(4096, 1024)).astype(np.float32)
+    columns = generator.normal(size=(1024, 34)).astype(np.float32)
+    products: list[NDArray[np.float32]] = []
+
+    def build(output: StageOutput) -> dict[str, Any]:
+        products.append(rows @ columns)
+        begun, over = threading.Event(), threading.Event()
+
+        def work(_: int) -> None:
+            begun.set()
+            over.wait(60)
+
+        other = threading.Thread(target=lambda: list(in_order(work, range(2))))
+        other.start()
+        assert begun.wait(60)
+        products.append(rows @ columns)
+        over.set()
+        other.join()
+        products.append(rows @ columns)
+        return {}
+
+    stage = make_stage("products", "Multiply", partial(build), inputs={}, parameters={}, code={})
+    with threadpool_limits(2, user_api="blas"):
+        run_stage(tmp_path, stage)
+        assert blas_threads() == {2}
+    assert len({product.tobytes() for product in products}) == 1
+
+
+def test_pytorch_keeps_to_one_thread_in_workers_and_to_its_own_in_threads_that_begin_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    own = torch.get_num_threads()
+    found: list[int] = []
+
+    def work(item: int) -> int:
+        if item == 0:
+            other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+        return torch.get_num_threads()
+
+    assert list(in_order(work, range(4))) == [1] * 4
+    assert found == [own]
+    assert torch.get_num_threads() == own
 
 
 @pytest.mark.parametrize("threads", ["", "0", "nonsense"])

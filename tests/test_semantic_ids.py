@@ -62,6 +62,14 @@ def test_ids_and_tokens_follow_the_items_and_share_codes_by_content(tmp_path: Pa
     }
 
 
+def test_item_ids_are_written_as_json_writes_them(tmp_path: Path) -> None:
+    names = ["plain ~!#[]", "naïve", "tab\t", "back\\slash", "\x7f", "", "\U0001f600", "</script>", "7"]
+    items = write_items(tmp_path / "items.parquet", names, [0] * len(names))
+    write_tokens(tmp_path / "tokens.json", items, np.array([[4]], dtype=np.uint8), None)
+    lines = [f'{json.dumps(name)}: ["<a_4>"]' for name in names]
+    assert (tmp_path / "tokens.json").read_text() == "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def test_batches_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 9, (40, 2)).astype(np.uint8)

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -111,10 +112,16 @@ def digest_ids(out: Path) -> str:
 def format_overhead() -> str:
     """Return the table of what was measured."""
     contenders: dict[str, Any] = json.loads(record_path(PART).read_text(encoding="utf-8"))["contenders"]
-    walls = {name: min(run["wall"] for run in body["runs"]) for name, body in contenders.items()}
-    lines = ["| | wall, s | share of it added |", "|---|---:|---:|"]
-    lines += [f"| {name} | {wall:.1f} | {1 - walls[WITHOUT] / wall:.1%} |" for name, wall in walls.items()]
-    return "\n".join(lines)
+    turns = range(1, 1 + len(contenders[WITHOUT]["runs"]))
+    head = ["", *(f"wall of turn {turn}, s" for turn in turns), "mean", "share of it added", "mean CPU, s"]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    least = 0.0
+    for name, body in contenders.items():
+        walls = [run["wall"] for run in body["runs"]]
+        wall, cpu = (statistics.mean(run[clock] for run in body["runs"]) for clock in ("wall", "cpu"))
+        least = wall if name == WITHOUT else least
+        lines.append([name, *(f"{each:.1f}" for each in walls), f"{wall:.1f}", f"{1 - least / wall:.1%}", f"{cpu:.1f}"])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def main() -> None:
