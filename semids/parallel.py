@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 AHEAD = 2
 """Items a thread that are at work or done before their turn: what they hold in memory is bounded."""
@@ -93,6 +93,13 @@ def _products() -> ThreadpoolController:
     return loaded.select(filepath=[path for path in libraries if "faiss" not in path])
 
 
+def _take_control() -> None:
+    """Have limits obeyed that this thread sets: from 3.8 on, threadpoolctl obeys the first thread that set some."""
+    give_way = getattr(OpenBLASController, "clear_controlling_thread", None)
+    if give_way is not None:
+        give_way(force=True)
+
+
 class _Limits:
     """How many regions need NumPy to keep to one thread each, and what undoes it when none is left."""
 
@@ -115,6 +122,7 @@ def single_threaded_products() -> Generator[None]:
     """
     with _limits.lock:
         if not _limits.regions:
+            _take_control()
             _limits.undo = _products().limit(limits=1).restore_original_limits
         _limits.regions += 1
     try:
@@ -123,4 +131,6 @@ def single_threaded_products() -> Generator[None]:
         with _limits.lock:
             _limits.regions -= 1
             if not _limits.regions:
+                _take_control()
                 _limits.undo()
+                _take_control()

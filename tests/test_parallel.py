@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from semids import residual
 from semids.balance import fit_potentials
 from semids.capacity import Bounds
-from semids.parallel import in_order, thread_count
+from semids.parallel import in_order, single_threaded_products, thread_count
 from semids.pipeline import make_stage
 from semids.prefixes import assign_within_bounds
 from semids.residual import ResidualCodebooks
@@ -129,11 +129,28 @@ def test_what_other_threads_do_changes_no_product_of_a_stage(tmp_path: Path) -> 
     assert len({product.tobytes() for product in products}) == 1
 
 
+def test_products_keep_to_one_thread_whichever_thread_set_limits_before() -> None:
+    """Guard: `_take_control`."""
+    found: list[set[int]] = []
+
+    def work() -> None:
+        with single_threaded_products():
+            found.append(blas_threads())
+        found.append(blas_threads())
+
+    with threadpool_limits(2, user_api="blas"):
+        other = threading.Thread(target=work)
+        other.start()
+        other.join()
+    assert found == [{1}, {2}]
+
+
 def test_pytorch_keeps_to_one_thread_in_workers_and_to_its_own_in_threads_that_begin_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    own = torch.get_num_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(own := 3)
     found: list[int] = []
 
     def work(item: int) -> int:
@@ -143,9 +160,12 @@ def test_pytorch_keeps_to_one_thread_in_workers_and_to_its_own_in_threads_that_b
             other.join()
         return torch.get_num_threads()
 
-    assert list(in_order(work, range(4))) == [1] * 4
-    assert found == [own]
-    assert torch.get_num_threads() == own
+    try:
+        assert list(in_order(work, range(4))) == [1] * 4
+        assert found == [own]
+        assert torch.get_num_threads() == own
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", ["", "0", "nonsense"])
