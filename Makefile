@@ -26,7 +26,7 @@ install: .venv/installed
 runs/sample.parquet: | install
 	$(BIN)/semids sample $@
 
-# The temporary server of `make run` lives for the sweep alone: nothing reads its event feed or its schedules, and
+# The server of `make run` lives for the sweep alone: nothing reads its event feed or its schedules, and
 # keeping them makes SQLite the slowest part.
 run: export PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED = false
 run: export PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED = false
@@ -34,7 +34,7 @@ run: export PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED = false
 run: export PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED = false
 run: export PREFECT_SERVER_SERVICES_FOREMAN_ENABLED = false
 run: install runs/sample.parquet
-	$(BIN)/python -m flows.sweep deployments/configs/sample-sweep.yaml
+	$(BIN)/python -m deployments.run flows.sweep deployments/configs/sample-sweep.yaml
 
 test: install
 	$(BIN)/python -m pytest -n 3 --dist loadgroup

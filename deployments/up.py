@@ -48,6 +48,11 @@ def wait_for_server(server: subprocess.Popen[bytes], address: str) -> None:
     raise RuntimeError(f"the Prefect server did not answer at {address} within {START_SECONDS} s")
 
 
+def end(signal_number: int, frame: FrameType | None) -> None:
+    """Answer a signal as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run server and worker until interrupted, or until one of them ends; return the exit code."""
     host = os.environ.get("PREFECT_SERVER_API_HOST", "127.0.0.1")
@@ -56,9 +61,6 @@ def main() -> int:
     # The dashboard asks the address that these name; the command's own options would leave it at the default port.
     named = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_API_URL": f"{address}/api"}
     environment = os.environ | named
-
-    def end(signal_number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
     running = [start_server(environment)]

@@ -56,7 +56,7 @@ class Distortion:
         rows = max(1, BLOCK_NUMBERS // len(self._mean))
         for start in range(0, len(vectors), rows):
             block = slice(start, start + rows)
-            present = weights[block] > 0
+            present = weights[block] != 0
             here = block if present.all() else start + np.flatnonzero(present)
             if present.any():
                 self._add_block(vectors[here], squared_errors[here], weights[here].astype(np.float64))

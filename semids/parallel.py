@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from threadpoolctl import OpenBLASController, ThreadpoolController
@@ -34,10 +35,9 @@ def thread_count() -> int:
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield `work(item)` for every item, in the order of the items, computed by threads ahead of their turn.
 
-    Items are asked for by the thread that asks for results, a few ahead of them.
-
-    A product of matrices within `work` runs in its thread alone, so that its bytes are the same for any number of
-    threads. Called within `work`, this computes one item after the other.
+    Items are asked for by the thread that asks for results, a few ahead of them. A product of matrices by NumPy within
+    `work` runs in its thread alone, so that its bytes are the same for any number of threads, and so does what PyTorch
+    computes entry by entry. Called within `work`, this computes one item after the other.
 
     Raises:
         Exception: what `work` raised for the first item, in their order, that failed.
@@ -50,6 +50,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
         if count <= 1:
             yield from map(work, items)
             return
+        _openmp()  # Not first by workers, all at once.
         waiting: deque[Future[Result]] = deque()
         with ThreadPoolExecutor(count, initializer=_become_worker) as pool:
             try:
@@ -70,27 +71,27 @@ def slices(rows: int, step: int) -> list[slice]:
 
 
 def _become_worker() -> None:
-    # Imported here: most of the package does without.
     import torch
 
     _here.is_worker = True
-    # For this thread alone; PyTorch, which first takes over what the process has, would set it for all of them.
+    # For this thread alone; PyTorch, which first takes over what the process has, would set it for others, too.
     torch.get_num_threads()
     _openmp().limit(limits=1)
 
 
 @cache
 def _openmp() -> ThreadpoolController:
+    # Otherwise its library, loaded later, would not be among those that are found.
+    importlib.import_module("torch")
     return ThreadpoolController().select(user_api="openmp")
 
 
 @cache
 def _products() -> ThreadpoolController:
-    # Otherwise its library, loaded later, would not be among those that are found.
     importlib.import_module("scipy.linalg")
     loaded = ThreadpoolController()
     libraries = [library["filepath"] for library in loaded.info() if library["user_api"] == "blas"]
-    return loaded.select(filepath=[path for path in libraries if "faiss" not in path])
+    return loaded.select(filepath=[path for path in libraries if "faiss" not in Path(path).parent.name])
 
 
 def _take_control() -> None:
@@ -116,9 +117,9 @@ _limits = _Limits()
 def single_threaded_products() -> Generator[None]:
     """Have NumPy and SciPy compute every product of matrices in the thread that asks for it.
 
-    The last bits of a product depend on how many threads share it, and that number is one for the whole process: cells
-    of a sweep, which are threads of it, would change each other's results. FAISS keeps its threads: it has a library of
-    its own, and what it sums does not depend on them.
+    The last bits of a product depend on how many threads share it, and that number is one for the whole process (in the
+    wheels of both): cells of a sweep, which are threads of it, would change each other's results. FAISS keeps its
+    threads: it has a library of its own, and its k-means gave the same bytes with one and with two.
     """
     with _limits.lock:
         if not _limits.regions:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from semids.arrays import Codes, check_codes, pack_codes
 from semids.errors import CodesError, UsageError
-from semids.parallel import in_order
 
 BATCH_ROWS = 1 << 16
 LETTERS = string.ascii_lowercase
@@ -24,7 +23,7 @@ NEEDS_ESCAPE = r"[^ !#-\[\]-~]"
 """What JSON in ASCII does not write as it is: quotes, backslashes, control and other than ASCII characters."""
 
 
-def token(level: int, code: int | str) -> str:
+def token(level: int, code: int) -> str:
     """Return the token of a code: `<a_12>` for code 12 of level 0, `<b_7>` for code 7 of level 1."""
     return f"<{LETTERS[level]}_{code}>"
 
@@ -105,28 +104,25 @@ def write_ids(path: Path, items: Path, codes: Codes, suffixes: NDArray[np.uint32
 def write_tokens(path: Path, items: Path, codes: Codes, suffixes: NDArray[np.uint32] | None) -> None:
     """Write the IDs as the JSON of LC-Rec and MiniOneRec: `{"item": ["<a_1>", "<b_7>", …], …}`, an item a line."""
 
-    def numbered() -> Iterator[tuple[Any, list[NDArray[Any]]]]:
-        done = 0
+    done = 0
+    with path.open("w", encoding="utf-8") as file:
+        separator = "{\n"
         for item_ids, _, batch in item_codes(items, codes):
             rest = [] if suffixes is None else [suffixes[done : done + len(batch)]]
             done += len(batch)
-            yield item_ids, [*batch.T, *rest]
-
-    with path.open("w", encoding="utf-8") as file:
-        separator = "{\n"
-        for lines in in_order(lambda batch: _token_lines(*batch), numbered()):
-            file.write(separator + lines)
+            file.write(separator + _token_lines(item_ids, [*batch.T, *rest]))
             separator = ",\n"
         file.write("\n}\n")
 
 
-def _token_lines(item_ids: Any, columns: Sequence[NDArray[Any]]) -> str:
+def _token_lines(item_ids: pa.Array, columns: Sequence[NDArray[Any]]) -> str:
     """Return the lines of some items, given an Arrow array of their ids, and their codes and suffixes by column."""
     names = pl.Series(values=item_ids).cast(pl.String)
     frame = pl.DataFrame({f"c{level}": np.ascontiguousarray(column) for level, column in enumerate(columns)})
-    tokens = ", ".join(f'"{token(level, "{}")}"' for level in range(len(columns)))
+    tokens = ", ".join(f'"<{LETTERS[level]}_{{}}>"' for level in range(len(columns)))
     line = pl.format(f"{{}}: [{tokens}]", _json_strings(names), *frame.columns)
-    return frame.select(line.str.join(",\n")).item()
+    # A missing id would leave its item out.
+    return frame.select(line.str.join(",\n", ignore_nulls=False)).item()
 
 
 def _json_strings(texts: pl.Series) -> pl.Series:

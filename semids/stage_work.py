@@ -17,6 +17,7 @@ from semids.config import BuildConfig, CommonConfig
 from semids.distortion import Distortion, neighbour_figures
 from semids.items import scan_vectors
 from semids.metrics import measure_ids
+from semids.parallel import in_order, slices, thread_count
 from semids.plots import plot_report
 from semids.progress import silent
 from semids.readers import BATCH_BYTES
@@ -35,6 +36,8 @@ ID_BYTES = 2.9
 REPORT_BYTES = 130_000
 WRITING_BYTES = 50 << 20
 """Of batches of items while their IDs are written."""
+MEASURING_BYTES = 32 << 20
+"""Of a thread that measures distortion or compares neighbours."""
 SAMPLE_TEXTS = 256
 """Texts that are embedded to time a model: a batch or two of the default size."""
 
@@ -125,7 +128,11 @@ def report_work(config: BuildConfig, counts: Counts) -> Work:
         plotting(): 1,
     }
     # Vectors and reconstructions as they are, of unit length, and on the way there.
-    held = 4 * 7 * sample * d + counts.contents * (16 + 4 * counts.splits + levels * code_dtype(config.sizes).itemsize)
+    held = (
+        4 * 7 * sample * d
+        + thread_count() * MEASURING_BYTES
+        + counts.contents * (16 + 4 * counts.splits + levels * code_dtype(config.sizes).itemsize)
+    )
     return Work(units, memory=held, disk=REPORT_BYTES)
 
 
@@ -207,7 +214,11 @@ def measuring_distortion(dimensions: int, itemsize: int, levels: int) -> Probe:
     def prepare(folder: Path) -> Prepared:
         rows = draw_rows(PROBE_ROWS // 2, dimensions, itemsize)
         errors, weights = np.ones((len(rows), levels), np.float32), np.ones(len(rows), np.uint32)
-        return lambda: Distortion(dimensions, levels).add(rows, errors, weights), len(rows)
+
+        def measure(part: slice) -> None:
+            Distortion(dimensions, levels).add(rows[part], errors[part], weights[part])
+
+        return lambda: list(in_order(measure, slices(len(rows), len(rows) // 8))), len(rows)
 
     return Probe(f"measure distortion of {dimensions} × {itemsize} bytes", prepare)
 

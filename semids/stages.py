@@ -281,10 +281,11 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     check_origin(target, stage.fingerprint, stage.origin)
     (target / MANIFEST).unlink(missing_ok=True)
     _remove_folders(target, TEMPORARY_PREFIX)
-    started = time.monotonic()
     output = StageOutput(target, stage.fingerprint, progress, stage.origin)
-    with PeakMemory() as peak, single_threaded_products():
-        summary = stage.build(output)
+    with single_threaded_products():
+        started = time.monotonic()
+        with PeakMemory() as peak:
+            summary = stage.build(output)
     # Threads and training steps leave hundreds of megabytes freed but kept, which later stages would be charged for.
     release_memory()
     _remove_folders(target, TEMPORARY_PREFIX)

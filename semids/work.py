@@ -149,7 +149,7 @@ class Machine:
 
 
 def _time(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
     with single_threaded_products():
+        started = time.perf_counter()
         run()
-    return time.perf_counter() - started
+        return time.perf_counter() - started

@@ -78,6 +78,8 @@ def test_distortion_refuses_rows_that_do_not_fit() -> None:
         distortion.add(np.zeros((3, 5), np.float32), errors, weights)
     with pytest.raises(ShapeError, match=r"expected squared errors of shape \(3, 2\)"):
         distortion.add(vectors, errors[:, :1], weights)
+    with pytest.raises(ShapeError, match="a NaN or an infinity"):
+        distortion.add(vectors, errors, np.array([1, np.nan, 1]))
     with pytest.raises(ShapeError, match="non-negative weights"):
         distortion.add(vectors, errors, -weights)
     with pytest.raises(ShapeError, match="NaN"):

@@ -68,6 +68,9 @@ def test_item_ids_are_written_as_json_writes_them(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens.json", items, np.array([[4]], dtype=np.uint8), None)
     lines = [f'{json.dumps(name)}: ["<a_4>"]' for name in names]
     assert (tmp_path / "tokens.json").read_text() == "{\n" + ",\n".join(lines) + "\n}\n"
+    items = write_items(tmp_path / "items.parquet", [-7, 1 << 62], [0, 0])
+    write_tokens(tmp_path / "tokens.json", items, np.array([[4]], dtype=np.uint8), None)
+    assert (tmp_path / "tokens.json").read_text() == f'{{\n"-7": ["<a_4>"],\n"{1 << 62}": ["<a_4>"]\n}}\n'
 
 
 def test_batches_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,12 +115,12 @@ def format_overhead() -> str:
     turns = range(1, 1 + len(contenders[WITHOUT]["runs"]))
     head = ["", *(f"wall of turn {turn}, s" for turn in turns), "mean", "share of it added", "mean CPU, s"]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
-    least = 0.0
+    baseline = statistics.mean(run["wall"] for run in contenders[WITHOUT]["runs"])
     for name, body in contenders.items():
-        walls = [run["wall"] for run in body["runs"]]
+        walls = [f"{run['wall']:.1f}" for run in body["runs"]]
         wall, cpu = (statistics.mean(run[clock] for run in body["runs"]) for clock in ("wall", "cpu"))
-        least = wall if name == WITHOUT else least
-        lines.append([name, *(f"{each:.1f}" for each in walls), f"{wall:.1f}", f"{1 - least / wall:.1%}", f"{cpu:.1f}"])
+        added = f"{1 - baseline / wall:.1%}" if name != WITHOUT else ""
+        lines.append([name, *walls, f"{wall:.1f}", added, f"{cpu:.1f}"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
