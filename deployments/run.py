@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 
-from deployments.up import STOP_SECONDS, end, start_server, wait_for_server
+from deployments.up import end, start_server, stop, wait_for_server
 
 HOST = "127.0.0.1"
 
@@ -36,10 +36,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        # The flow first: it tells the server what becomes of it.
-        for process in reversed(running):
-            process.terminate()
-            process.wait(timeout=STOP_SECONDS)
+        stop(running)
 
 
 if __name__ == "__main__":

@@ -77,10 +77,17 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        # The worker first: it tells the server what becomes of its runs.
-        for process in reversed(running):
-            process.terminate()
+        stop(running)
+
+
+def stop(running: list[subprocess.Popen[bytes]]) -> None:
+    """End a server and what it serves, that first: it tells the server what becomes of its runs."""
+    for process in reversed(running):
+        process.terminate()
+        try:
             process.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _start(module: str, environment: dict[str, str], *arguments: str) -> subprocess.Popen[bytes]:
