@@ -2,30 +2,23 @@
 
     python -m deployments.run flows.sweep CONFIG.yaml
 
-Prefect would start such a server by itself, but one that does not make the writers of its database queue: on a slow
-disk, two cells at a time then meet a locked one.
+Prefect would start such a server by itself, but one that does not make the writers of its database queue: beside other
+work, two cells at a time then meet a locked one.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
-from deployments.up import end, start_server, stop, wait_for_server
-
-HOST = "127.0.0.1"
+from deployments.up import address_settings, end, free_port, start_server, stop, wait_for_server
 
 
 def main() -> int:
     """Run the module that the command line names, with its arguments; return its exit code."""
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port = str(free.getsockname()[1])
-    address = f"http://{HOST}:{port}"
-    named = {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": port, "PREFECT_API_URL": f"{address}/api"}
+    address, named = address_settings("127.0.0.1", str(free_port()))
     environment = os.environ | named
     signal.signal(signal.SIGTERM, end)
     running = [start_server(environment)]

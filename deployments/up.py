@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,23 @@ from deployments.apply import PROCESS_POOL
 
 START_SECONDS = 180
 STOP_SECONDS = 40
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def address_settings(host: str, port: str) -> tuple[str, dict[str, str]]:
+    """Return the address of a server there, and the settings that lead it and its clients to it.
+
+    The dashboard asks the address that these name; the command's own options would leave it at the default port.
+    """
+    address = f"http://{host}:{port}"
+    named = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_API_URL": f"{address}/api"}
+    return address, named
 
 
 def start_server(environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -57,11 +75,8 @@ def main() -> int:
     """Run server and worker until interrupted, or until one of them ends; return the exit code."""
     host = os.environ.get("PREFECT_SERVER_API_HOST", "127.0.0.1")
     port = os.environ.get("PREFECT_SERVER_API_PORT", "4200")
-    address = f"http://{host}:{port}"
-    # The dashboard asks the address that these name; the command's own options would leave it at the default port.
-    named = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_API_URL": f"{address}/api"}
+    address, named = address_settings(host, port)
     environment = os.environ | named
-
     signal.signal(signal.SIGTERM, end)
     running = [start_server(environment)]
     try:

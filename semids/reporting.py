@@ -186,17 +186,20 @@ def _measure_distortion(
     def nothing() -> dict[str, Distortion]:
         return {name: Distortion(array.layout.columns, errors.layout.columns) for name in counts}
 
-    def measure(start: int, rows: Vectors, row_errors: NDArray[np.float32]) -> tuple[int, dict[str, Distortion]]:
-        stop, parts = start + len(rows), nothing()
+    def measure(
+        chunk: tuple[tuple[int, Vectors], tuple[int, NDArray[np.float32]]],
+    ) -> tuple[int, dict[str, Distortion]]:
+        (start, rows), (_, row_errors) = chunk
+        stop, part = start + len(rows), nothing()
         for name, split_counts in counts.items():
-            parts[name].add(rows, row_errors, split_counts[start:stop])
-        return stop, parts
+            part[name].add(rows, row_errors, split_counts[start:stop])
+        return stop, part
 
     chunks = zip(array.chunks(MEASURED_ROWS), errors.chunks(MEASURED_ROWS), strict=True)
     measured = nothing()
-    for done, parts in in_order(lambda chunk: measure(*chunk[0], chunk[1][1]), chunks):
-        for name, part in parts.items():
-            measured[name].merge(part)
+    for done, part in in_order(measure, chunks):
+        for name, distortion in part.items():
+            measured[name].merge(distortion)
         progress("measure distortion", done, array.layout.rows, "contents")
     overall = Distortion(array.layout.columns, errors.layout.columns)
     for distortion in measured.values():

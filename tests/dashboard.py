@@ -14,7 +14,8 @@ from pathlib import Path
 
 import httpx
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
-from servers import free_port
+
+from deployments.up import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")

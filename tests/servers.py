@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,16 +17,9 @@ from typing import Any
 import httpx
 import psutil
 
-from deployments.up import wait_for_server
+from deployments.up import address_settings, free_port, wait_for_server
 
 NODE_SECONDS = 180
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass
@@ -70,12 +62,8 @@ class Server:
 
 def make_server(folder: Path, **settings: str) -> Server:
     """Return a server that is not started yet, with further settings."""
-    port = str(free_port())
-    address = f"http://127.0.0.1:{port}"
-    named = {
-        "PREFECT_API_URL": f"{address}/api",
-        "PREFECT_SERVER_API_HOST": "127.0.0.1",
-        "PREFECT_SERVER_API_PORT": port,
+    address, named = address_settings("127.0.0.1", str(free_port()))
+    named |= {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
+from servers import make_server
 
 from deployments import apply
 from semids.config import BuildConfig, EncodeConfig, SweepConfig
@@ -69,3 +73,15 @@ def test_registering_twice_leaves_one_of_each() -> None:
     assert sorted(pools) == sorted([apply.PROCESS_POOL, apply.DOCKER_POOL])
     assert sum(name.startswith("semids") for name in automations) == 2
     assert limits == [apply.GPU_LIMIT]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("prefect")
+def test_a_flow_runs_beside_a_server_of_its_own_and_its_exit_code_is_returned(tmp_path: Path) -> None:
+    environment = make_server(tmp_path).environment
+    # The address that is set answers nobody: the one of the new server must take its place.
+    for arguments, code in ((["work-pool", "ls"], 0), (["work-pool", "inspect", "absent"], 1)):
+        command = [sys.executable, "-m", "deployments.run", "prefect", *arguments]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        assert "Can't connect" not in ended.stdout + ended.stderr

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import yaml
 from conftest import clustered_vectors
-from servers import Server, free_port, make_server
+from servers import Server, make_server
+
+from deployments.up import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("many-sweeps")]
 

@@ -94,7 +94,10 @@ def test_a_part_of_the_rows_has_its_part_of_the_bounds(vectors: np.ndarray) -> N
     assert loads_by_prefix(found.codes, 2).max() <= 40
 
 
-def test_refitted_codebooks_are_the_least_squares_solution(vectors: np.ndarray) -> None:
+def test_refitted_codebooks_are_the_least_squares_solution(
+    vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("semids.refits.SOLVED_COLUMNS", 7)
     sizes = (6, 5, 4)
     books = make_codebooks(sizes, 24)
     codes = np.stack([np.random.default_rng(n).integers(0, size, len(vectors)) for n, size in enumerate(sizes)], axis=1)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import clustered_vectors
-from servers import free_port
 from small_runs import published
 
+from deployments.up import free_port
 from semids.cli import main
 from semids.errors import StorageError, UsageError
 from semids.remote import DIGESTS, INPUTS, fetch, push

@@ -28,6 +28,14 @@ def test_variants_that_take_turns_in_a_catalogue_are_all_seen_while_a_level_is_b
     assert in_turn == pytest.approx(shuffled, rel=0.1)
 
 
+def test_costs_are_squared_distances_whatever_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    rows, codebook = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(5, 6)).astype(np.float32)
+    monkeypatch.setattr(_uniform, "PART_ROWS", 7)
+    expected = np.square(rows[:, None].astype(np.float64) - codebook).sum(axis=2)
+    assert np.allclose(_uniform._costs(rows, codebook), expected, atol=1e-5)
+
+
 def test_a_cost_matrix_keeps_its_bound_while_a_level_is_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     real = _uniform._costs
