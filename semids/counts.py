@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,6 @@ def read_counts(config: BuildConfig, items: Ref) -> Counts:
     dimensions = summary["dimensions"] or config.make_embedder().declared_dimensions
     if dimensions is None:
         raise UnknownDimensionsError("expected a model whose config.json names its dimensions; set embedder.dimensions")
-    with pq.ParquetFile(reader.path("items.parquet")) as file:
-        some: list[Any] = next(file.iter_batches(ID_ROWS, columns=["item_id"])).column(0).to_pylist()
     return Counts(
         items=summary["items"],
         contents=summary["distinct_contents"],
@@ -97,7 +96,15 @@ def read_counts(config: BuildConfig, items: Ref) -> Counts:
         splits=len(summary["splits"]),
         dimensions=dimensions,
         itemsize=4 if summary["dtype"] == "float32" else 2,
-        id_bytes=sum(len(str(name).encode()) for name in some) / len(some),
+        id_bytes=_mean_id_bytes(reader.path("items.parquet")),
         texts=reader.path("contents.parquet") if summary["kind"] == "texts" else None,
         exact=True,
     )
+
+
+@lru_cache(maxsize=8)
+def _mean_id_bytes(path: Path) -> float:
+    """Return the mean length of the first items' ids. Every stage of a cell asks, and committed files never change."""
+    with pq.ParquetFile(path) as file:
+        some: list[Any] = next(file.iter_batches(ID_ROWS, columns=["item_id"])).column(0).to_pylist()
+    return sum(len(str(name).encode()) for name in some) / len(some)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -203,17 +204,34 @@ def render_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
         if all(row.get("status") == "ok" for row in finished):
             left_out.add("status")
         columns = [key for key in _columns(finished) if key not in left_out]
-        cells = [[escape_markdown(_format_cell(row, key)) for key in columns] for row in finished]
+        named, quantizer = _leave_out_quantizer(finished)
+        cells = [[_unbroken(escape_markdown(_format_cell(row, key))) for key in columns] for row in named]
         parts.append(markdown_table([HEADINGS[key] for key in columns], cells, left=_text_columns(columns)))
         parts.append(
-            "Floor: the lowest collision rate that duplicates and capacity allow. Excess: distinct contents without "
-            "an ID of their own. Uniform hashing: what IDs drawn at random would give. Relative MSE at full depth, "
-            "0 is perfect. Recall: share of an item's 10 nearest that survive quantization, 1 is perfect."
+            f"{quantizer}Floor: the lowest collision rate that duplicates and capacity allow. Excess: distinct "
+            "contents without an ID of their own. Uniform hashing: what IDs drawn at random would give. Relative MSE "
+            "at full depth, 0 is perfect. Recall: share of an item's 10 nearest that survive quantization, 1 is "
+            "perfect."
         )
     if failed:
         parts.append(f"**{len(failed)} of {len(rows)} cells have no report:**")
         parts.append("\n".join(f"- {escape_markdown(_text(row, 'cell'))}: {_reason(row)}" for row in failed))
     return "\n\n".join(parts or ["No cells."]) + "\n"
+
+
+def _leave_out_quantizer(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows, their names shorter by the quantizer that all have, and a sentence that names it, or none."""
+    quantizer, *others = {row.get("quantizer") for row in rows}
+    if quantizer is None or others:
+        return [dict(row) for row in rows], ""
+    part = f"-{quantizer.replace('_', '-')}"
+    shorter = [{**row, "cell": str(row["cell"]).replace(part, "")} for row in rows]
+    return shorter, f"Quantizer of all cells: {escape_markdown(quantizer)}. "
+
+
+def _unbroken(text: str) -> str:
+    """Return text that breaks no line between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=[a-z])", "\N{NO-BREAK SPACE}", text)
 
 
 HEADINGS = {

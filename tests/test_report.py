@@ -296,6 +296,17 @@ def test_the_comparison_has_a_row_a_cell_and_the_reason_of_a_failed_one() -> Non
     assert render_comparison(rows[1:]).startswith("**1 of 1 cells")
 
 
+def test_a_quantizer_that_all_cells_have_is_named_once() -> None:
+    nearest = "8x8x16-nearest-residual-kmeans"
+    alike = render_comparison(comparison_rows([report_of(nearest, quantizer="residual_kmeans")]))
+    assert "| 8x8x16-nearest |" in alike
+    assert "Quantizer of all cells: residual_kmeans." in alike
+    other = report_of("8x8x16-nearest-rqvae", quantizer="rqvae")
+    unlike = render_comparison(comparison_rows([report_of(nearest, quantizer="residual_kmeans"), other]))
+    assert f"| {nearest} |" in unlike
+    assert "Quantizer of all cells" not in unlike
+
+
 def test_the_terminal_table_lines_up_whatever_the_alphabet() -> None:
     rows = comparison_rows([report_of("日本語 8x8"), report_of("café"), FailedCell("x", "out of memory")])
     lines = format_table(rows).splitlines()

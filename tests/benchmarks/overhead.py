@@ -1,9 +1,9 @@
 """Measure what Prefect, and with `--ray` Ray, add to a sweep: the same cells without, in turns, in a process each.
 
-Run it with `python -m tests.benchmarks.overhead VECTORS.npy`; it writes `tests/benchmarks/overhead.json` and prints a
-table. Without Prefect, cells are run two at a time, as a sweep runs them. Interpreters, imports, the comparison of the
-cells and everything that ends a process count; the Prefect server and the Ray cluster are there already, on the same
-processors.
+Run it with `python -m tests.benchmarks.overhead CONFIG.yaml`, the configuration of a sweep; it writes
+`tests/benchmarks/overhead.json` and prints a table of the contenders and one of the cells. Without Prefect, cells are
+run two at a time, as a sweep runs them. Interpreters, imports, the comparison of the cells and everything that ends a
+process count; the Prefect server and the Ray cluster are there already, on the same processors.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from semids.config import read_values
 from semids.store import read_sealed_json
+from semids.text import markdown_table
 from tasks.cluster import CELLS_AT_A_TIME
 from tests.benchmarks.measure import Record, record_path
 from tests.servers import Server, make_server, started_cluster
@@ -37,12 +40,8 @@ SHARD_STAGES = {"vectors-": "Import the vectors", "codes-": "Encode the vectors"
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Run the contenders in turns, and write how long they took."""
-    common = {
-        "catalogue": {"path": str(arguments.vectors.resolve())},
-        "shapes": arguments.shapes,
-        "mappings": arguments.mappings,
-    }
-    record = Record(PART, common | {"catalogue": arguments.vectors.name, "cells_at_a_time": CELLS_AT_A_TIME})
+    common = read_values(arguments.config)
+    record = Record(PART, {"config": common, "cells_at_a_time": CELLS_AT_A_TIME})
     server = make_server(folder)
     # Its idle processes take a part of the processors, too.
     cluster = started_cluster(workers=2) if arguments.ray else nullcontext("")
@@ -61,25 +60,36 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
                 out = folder / f"{name} {turn}"
                 config = folder / f"{name} {turn}.yaml"
                 config.write_text(yaml.safe_dump(common | changes | {"out": str(out)}))
-                wall, cpu = run_timed([sys.executable, "-m", *command, str(config)], server.environment)
-                record.add_run(name, wall=wall, cpu=cpu)
-                print(f"{name}: {wall:.1f} s", flush=True)
+                took = run_timed([sys.executable, "-m", *command, str(config)], server.environment)
+                record.add_run(name, wall=took.wall, cpu=took.cpu)
+                print(f"{name}: {took.wall:.1f} s", flush=True)
                 if turn == 0:
-                    record.add_figures(name, shard_seconds(out) | (lot_seconds(server) if name == RAY else {}))
+                    figures = {"peak_rss_bytes": took.peak_rss_bytes} | shard_seconds(out) | comparison(out)
+                    record.add_figures(name, figures | (lot_seconds(server) if name == RAY else {}))
                 ids.add(digest_ids(out))
             if len(ids) != 1:
                 raise SystemExit("the contenders gave different IDs")
 
 
-def run_timed(command: list[str], environment: Mapping[str, str]) -> tuple[float, float]:
-    """Run a command; return the seconds that passed, and those of processors in it and its children."""
-    wall, before = time.perf_counter(), os.times()
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    after = os.times()
-    if ended.returncode:
-        raise SystemExit(ended.stderr)
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return time.perf_counter() - wall, cpu
+@dataclass(frozen=True)
+class Took:
+    """What a command took: seconds that passed, those of processors, and the most memory one of its processes held."""
+
+    wall: float
+    cpu: float
+    peak_rss_bytes: int
+
+
+def run_timed(command: list[str], environment: Mapping[str, str]) -> Took:
+    """Run a command, and measure it and the children that it waited for."""
+    wall = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            raise SystemExit(said.read().decode(errors="replace"))
+    return Took(time.perf_counter() - wall, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
 
 
 def shard_seconds(out: Path) -> dict[str, list[float]]:
@@ -91,6 +101,12 @@ def shard_seconds(out: Path) -> dict[str, list[float]]:
         )
         for prefix, title in SHARD_STAGES.items()
     }
+
+
+def comparison(out: Path) -> dict[str, Any]:
+    """Return the figures of the cells, where the contender compares them."""
+    found = sorted((out / "results").rglob("comparison.json"))
+    return {"cells": json.loads(found[0].read_bytes())} if found else {}
 
 
 def lot_seconds(server: Server) -> dict[str, list[float]]:
@@ -110,26 +126,43 @@ def digest_ids(out: Path) -> str:
 
 
 def format_overhead() -> str:
-    """Return the table of what was measured."""
+    """Return the tables of what was measured: what Prefect adds, and the cells of the sweep."""
     contenders: dict[str, Any] = json.loads(record_path(PART).read_text(encoding="utf-8"))["contenders"]
     turns = range(1, 1 + len(contenders[WITHOUT]["runs"]))
     head = ["", *(f"wall of turn {turn}, s" for turn in turns), "mean", "share of it added", "mean CPU, s"]
-    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
     baseline = statistics.mean(run["wall"] for run in contenders[WITHOUT]["runs"])
+    rows: list[list[str]] = []
     for name, body in contenders.items():
         walls = [f"{run['wall']:.1f}" for run in body["runs"]]
         wall, cpu = (statistics.mean(run[clock] for run in body["runs"]) for clock in ("wall", "cpu"))
         added = f"{1 - baseline / wall:.1%}" if name != WITHOUT else ""
-        lines.append([name, *walls, f"{wall:.1f}", added, f"{cpu:.1f}"])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        rows.append([name, *walls, f"{wall:.1f}", added, f"{cpu:.1f}"])
+    return markdown_table(head, rows) + "\n\n" + format_cells(contenders[PREFECT]["figures"]["cells"])
+
+
+def format_cells(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table with a row a shape: collision rates, then relative MSEs, of its mappings."""
+    mappings = list(dict.fromkeys(cell["mapping"] for cell in cells))
+    shapes: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for cell in cells:
+        shapes.setdefault(cell["shape"], {})[cell["mapping"]] = cell
+    head = ["shape", "capacity / contents", "floor", *mappings, *(f"MSE {mapping}" for mapping in mappings)]
+    rows = [
+        [
+            shape,
+            f"{next(iter(row.values()))['capacity_ratio']:.3g}",
+            f"{next(iter(row.values()))['floor']:.4f}",
+            *(f"{row[mapping][key]:.4f}" for key in ("collision_rate", "relative_mse") for mapping in mappings),
+        ]
+        for shape, row in shapes.items()
+    ]
+    return markdown_table(head, rows)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.overhead", description=__doc__)
-    parser.add_argument("vectors", type=Path, help="an .npy of vectors")
-    parser.add_argument("--shapes", nargs="+", default=["256x256x256", "128x128x128x128"], help="what to sweep")
-    parser.add_argument("--mappings", nargs="+", default=["nearest", "capacity"], help="under which")
+    parser.add_argument("config", type=Path, help="the configuration of a sweep")
     parser.add_argument("--turns", type=int, default=3, help="how often each contender runs")
     parser.add_argument("--ray", action="store_true", help="run it on a Ray cluster of two workers, too")
     arguments = parser.parse_args()
