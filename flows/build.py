@@ -43,4 +43,4 @@ def build(config: BuildConfig) -> CellOutcome:
 
 
 if __name__ == "__main__":
-    sys.exit(start(BuildConfig, lambda config: print_outcome(config, build(config, return_state=True))))
+    sys.exit(start(BuildConfig, lambda config: print_outcome(build(config, return_state=True))))

@@ -12,7 +12,7 @@ from prefect import flow
 from tasks.artifacts import publish
 from tasks.outcomes import CellOutcome, own_run_folder, print_outcome
 from tasks.parameters import EncodeConfig, configure_encoding, start
-from tasks.stages import encode_items
+from tasks.stages import encode_items, fetch_new_items
 
 
 @flow(
@@ -27,17 +27,13 @@ def encode_new_items(config: EncodeConfig) -> CellOutcome:
     Args:
         config: The new items, and the model.
     """
-    build = configure_encoding(config)
-    with own_run_folder(build):
+    with own_run_folder(config):
+        config = fetch_new_items(config)
+        build = configure_encoding(config)
         refs = encode_items(build, config.model, unique=config.unique)
         outcome = CellOutcome(label=build.label, model=refs.model, ids=refs.ids, report=refs.report)
         return publish(build, outcome, encoded=True)
 
 
 if __name__ == "__main__":
-    sys.exit(
-        start(
-            EncodeConfig,
-            lambda config: print_outcome(configure_encoding(config), encode_new_items(config, return_state=True)),
-        )
-    )
+    sys.exit(start(EncodeConfig, lambda config: print_outcome(encode_new_items(config, return_state=True))))

@@ -255,11 +255,10 @@ def _encode(parsed: argparse.Namespace) -> None:
                 f"encode cannot set {place}: codes come from the model, and no suffix is added; only catalogue and "
                 "embedder can be told otherwise"
             )
-    new_items = fetch(parsed.input, Path(parsed.out or runs.ENCODED))
-    parsed.input = new_items
-    config = _override(runs.encoding_config(model_folder, new_items), parsed, source=parsed.model_folder)
-    folder = Path(config.out)
+    folder = Path(parsed.out or runs.ENCODED)
     with run_lock(folder):
+        parsed.input = fetch(parsed.input, folder)
+        config = _override(runs.encoding_config(model_folder, parsed.input), parsed, source=parsed.model_folder)
         run = runs.local_runner(folder, TerminalProgress())
         refs = runs.encode_items(config, model_folder, run, unique=parsed.unique)
         where = results.publish(config, refs, encoded=True)

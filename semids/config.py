@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -166,6 +167,17 @@ def _check_settings(config: CommonConfig, quantizer: str, shape: str) -> None:
         raise ValueError(str(error)) from None
 
 
+def _check_limits(config: CommonConfig, shapes: Sequence[str], limits: Sequence[Limit]) -> None:
+    """Refuse what the mapping capacity can do with no catalogue."""
+    for shape in shapes:
+        if capacity_of(parse_shape(shape)) >= MOST_IDS:
+            raise ValueError(f"the mapping capacity numbers IDs with 63 bits: {shape} has too many")
+    least = config.min_contents_per_id
+    for most in limits:
+        if least != "auto" and most != "auto" and most is not None and least > most:
+            raise ValueError(f"expected min_contents_per_id of at most max_contents_per_id, {most}, got {least}")
+
+
 class BuildConfig(CommonConfig):
     """One configuration: a catalogue, a model, a shape, a mapping, a quantizer."""
 
@@ -187,8 +199,8 @@ class BuildConfig(CommonConfig):
         mappings = QUANTIZERS[self.quantizer].mappings
         if self.mapping not in mappings:
             raise ValueError(f"{self.quantizer} offers the mappings {', '.join(mappings)}, got {self.mapping!r}")
-        if self.mapping == "capacity" and capacity_of(self.sizes) >= MOST_IDS:
-            raise ValueError(f"the mapping capacity numbers IDs with 63 bits: {self.shape} has too many")
+        if self.mapping == "capacity":
+            _check_limits(self, [self.shape], [self.max_contents_per_id])
         _check_settings(self, self.quantizer, self.shape)
         return self
 
@@ -252,6 +264,8 @@ class SweepConfig(CommonConfig):
         for quantizer in self.quantizers:
             for shape in self.shapes:
                 _check_settings(self, quantizer, shape)
+        if "capacity" in self.mappings:
+            _check_limits(self, self.shapes, self.max_contents_per_id)
         return self
 
     @property

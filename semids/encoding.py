@@ -166,7 +166,8 @@ def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Stage:
 
 
 def _assign_ids(suffix: bool, items: Ref, codes: Ref, output: StageOutput) -> dict[str, Any]:
-    item_file = StageReader(items.path).path("items.parquet")
+    reader = StageReader(items.path)
+    item_file, rows = reader.path("items.parquet"), reader.summary["items"]
     content_codes, sizes = read_codes(codes)
     suffixes: NDArray[np.uint32] | None = None
     if suffix:
@@ -175,7 +176,14 @@ def _assign_ids(suffix: bool, items: Ref, codes: Ref, output: StageOutput) -> di
         suffixes = number_equal_ids(frame["item_id"], content_ids, content_codes[content_ids], sizes)
     suffix_values = int(suffixes.max()) + 1 if suffixes is not None else 0
     words = vocabulary(sizes, suffix_values)
-    output.commit("semantic_ids.parquet", lambda path: write_ids(path, item_file, content_codes, suffixes))
-    output.commit("tokens.json", lambda path: write_tokens(path, item_file, content_codes, suffixes))
+    for name, write in (("semantic_ids.parquet", write_ids), ("tokens.json", write_tokens)):
+        told = partial(_tell, output, f"write {name}", rows)
+        output.commit(
+            name, lambda path, write=write, told=told: write(path, item_file, content_codes, suffixes, told=told)
+        )
     output.commit_bytes("vocabulary.json", (json.dumps(words, indent=0) + "\n").encode())
     return {"shape": format_shape(sizes), "suffix_values": suffix_values, "vocabulary": len(words)}
+
+
+def _tell(output: StageOutput, step: str, total: int, done: int) -> None:
+    output.progress(step, done, total, "items")

@@ -53,10 +53,11 @@ def results_folder(config: CommonConfig) -> Path:
     while Path(name).suffix.lower() in CATALOGUE_SUFFIXES:
         name = Path(name).stem
     parts = [name] if is_vectors(config.catalogue) else [name, config.make_embedder().short_name]
-    plain = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.")
-    if len(plain) > LONGEST_NAME:
-        plain = f"{plain[:LONGEST_NAME]}-{digest_json(plain)[:8]}"
-    return Path(config.out).resolve() / RESULTS / (plain or "catalogue")
+    plain = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.") or "catalogue"
+    # Letters of other alphabets are left out: what is left may be that of another catalogue.
+    if len(plain) > LONGEST_NAME or any(not letter.isascii() for letter in "".join(parts)):
+        plain = f"{plain[:LONGEST_NAME]}-{digest_json(parts)[:8]}"
+    return Path(config.out).resolve() / RESULTS / plain
 
 
 def publish(config: BuildConfig, refs: CellRefs, *, encoded: bool = False) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from semids import encoding, pipeline
-from semids.config import BuildConfig, CommonConfig
+from semids.config import BuildConfig, CommonConfig, EncodeConfig
 from semids.errors import DataError, UsageError
 from semids.pipeline import Runner
 from semids.progress import Progress
@@ -42,6 +42,18 @@ def fetch_catalogue(config: AnyConfig) -> AnyConfig:
         check_place(config.copy_to)
     path = fetch(config.catalogue.path, Path(config.out))
     return config.model_copy(update={"catalogue": config.catalogue.model_copy(update={"path": path})})
+
+
+def fetch_new_items(config: EncodeConfig) -> EncodeConfig:
+    """Return the configuration with new items on this machine; see `fetch_catalogue`.
+
+    Raises:
+        UsageError: also if the folder of the model holds something else.
+    """
+    _model_in(Path(config.model))
+    if config.copy_to:
+        check_place(config.copy_to)
+    return config.model_copy(update={"new_items": fetch(config.new_items, Path(config.out))})
 
 
 def build(config: BuildConfig, run: Runner) -> CellRefs:

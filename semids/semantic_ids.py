@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,19 @@ def item_codes(items: Path, codes: Codes) -> Iterator[tuple[pa.Array, NDArray[np
             yield batch.column("item_id"), content_ids, codes[content_ids]
 
 
-def write_ids(path: Path, items: Path, codes: Codes, suffixes: NDArray[np.uint32] | None) -> None:
-    """Write the IDs as Parquet: `item_id, c0 … c(L-1)` and, where given, `suffix`, in the order of the items."""
+def write_ids(
+    path: Path,
+    items: Path,
+    codes: Codes,
+    suffixes: NDArray[np.uint32] | None,
+    *,
+    told: Callable[[int], None] = lambda items: None,
+) -> None:
+    """Write the IDs as Parquet: `item_id, c0 … c(L-1)` and, where given, `suffix`, in the order of the items.
+
+    Args:
+        told: called with the number of items that are written.
+    """
     writer: pq.ParquetWriter | None = None
     done = 0
     try:
@@ -96,14 +107,25 @@ def write_ids(path: Path, items: Path, codes: Codes, suffixes: NDArray[np.uint32
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             writer.write_table(table)
+            told(done)
     finally:
         if writer is not None:
             writer.close()
 
 
-def write_tokens(path: Path, items: Path, codes: Codes, suffixes: NDArray[np.uint32] | None) -> None:
-    """Write the IDs as the JSON of LC-Rec and MiniOneRec: `{"item": ["<a_1>", "<b_7>", …], …}`, an item a line."""
+def write_tokens(
+    path: Path,
+    items: Path,
+    codes: Codes,
+    suffixes: NDArray[np.uint32] | None,
+    *,
+    told: Callable[[int], None] = lambda items: None,
+) -> None:
+    """Write the IDs as the JSON of LC-Rec and MiniOneRec: `{"item": ["<a_1>", "<b_7>", …], …}`, an item a line.
 
+    Args:
+        told: called with the number of items that are written.
+    """
     done = 0
     with path.open("w", encoding="utf-8") as file:
         separator = "{\n"
@@ -112,6 +134,7 @@ def write_tokens(path: Path, items: Path, codes: Codes, suffixes: NDArray[np.uin
             done += len(batch)
             file.write(separator + _token_lines(item_ids, [*batch.T, *rest]))
             separator = ",\n"
+            told(done)
         file.write("\n}\n")
 
 

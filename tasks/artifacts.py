@@ -23,39 +23,51 @@ from semids.reporting import read_report
 from semids.stages import StageReader
 from semids.text import escape_markdown
 from tasks.outcomes import CellOutcome
+from tasks.stage import RETRY_DELAYS, is_worth_retrying
 from tasks.tracking import prefer_tracked
 
 TOO_MANY_COLLISIONS = "semids.collision-rate.exceeded"
 NEEDLESS_COLLISIONS = "semids.excess-collisions.found"
 
 
-@task(task_run_name="publish {outcome.label}", cache_policy=NO_CACHE, result_serializer="json")
+@task(
+    task_run_name="publish {outcome.label}",
+    cache_policy=NO_CACHE,
+    result_serializer="json",
+    retries=len(RETRY_DELAYS),
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=is_worth_retrying,
+)
 def publish(config: BuildConfig, outcome: CellOutcome, *, encoded: bool = False) -> CellOutcome:
     """Show a configuration: links in the run folder's results, and its report under a key that stays the same.
 
     Returns:
-        The outcome with the artifact of its report.
+        The outcome with the artifact of its report, and the folder that shows it.
 
     Args:
         encoded: the IDs are those that a frozen model gave to new items.
     """
-    results.publish(config, outcome.refs(), encoded=encoded)
+    folder = results.publish(config, outcome.refs(), encoded=encoded)
     report = read_report(outcome.report)
     reader = StageReader(outcome.report.path)
     artifact = _show(
         render_markdown(report, lambda name: _data_uri(reader.path(f"{name}.png").read_bytes())),
-        key=_report_key(config, outcome.label),
+        key=_report_key(config, outcome.label, encoded=encoded),
         description=describe_collisions(report.overall.ids),
     )
-    raise_alarms(config, report)
-    return outcome.model_copy(update={"artifact": artifact})
+    raise_alarms(config, report, encoded=encoded)
+    return outcome.model_copy(update={"artifact": artifact, "folder": str(folder)})
 
 
-def raise_alarms(config: BuildConfig, report: Report) -> None:
-    """Emit an event if more collide than the configuration allows, or than there need to."""
+def raise_alarms(config: BuildConfig, report: Report, *, encoded: bool = False) -> None:
+    """Emit an event if more collide than the configuration allows, or than there need to.
+
+    Args:
+        encoded: the IDs are those that a frozen model gave to new items, which may share them.
+    """
     ids = report.overall.ids
     resource = {
-        "prefect.resource.id": f"semids.{_report_key(config, config.label)}",
+        "prefect.resource.id": f"semids.{_report_key(config, config.label, encoded=encoded)}",
         "prefect.resource.name": config.label,
     }
     figures = {"collision_rate": ids.collision_rate, "floor": ids.floor, "excess_collisions": ids.excess_collisions}
@@ -67,7 +79,7 @@ def raise_alarms(config: BuildConfig, report: Report) -> None:
             ids.collision_rate,
             config.alarm_collision_rate,
         )
-    each_its_own = config.mapping == "capacity" and config.max_contents_per_id in ("auto", 1)
+    each_its_own = not encoded and config.mapping == "capacity" and config.max_contents_per_id in ("auto", 1)
     if each_its_own and ids.capacity_ratio and ids.capacity_ratio >= 1 and ids.excess_collisions:
         emit_event(NEEDLESS_COLLISIONS, resource, payload=figures)
         get_run_logger().warning(
@@ -75,7 +87,14 @@ def raise_alarms(config: BuildConfig, report: Report) -> None:
         )
 
 
-@task(task_run_name="compare the cells", cache_policy=NO_CACHE, result_serializer="json")
+@task(
+    task_run_name="compare the cells",
+    cache_policy=NO_CACHE,
+    result_serializer="json",
+    retries=len(RETRY_DELAYS),
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=is_worth_retrying,
+)
 def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -> None:
     """Write the comparison beside the results, and show it as the sweep's one artifact: table, plot, then reports.
 
@@ -127,8 +146,8 @@ def _link(outcome: CellOutcome) -> str:
     return f"[{outcome.label}](../artifact/{outcome.artifact})" if outcome.artifact else outcome.label
 
 
-def _report_key(config: CommonConfig, label: str) -> str:
-    return _key("report", config, label)
+def _report_key(config: CommonConfig, label: str, *, encoded: bool) -> str:
+    return _key("encoded" if encoded else "report", config, label)
 
 
 def _key(kind: str, config: CommonConfig, *more: str) -> str:

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from semids.config import CommonConfig
+from semids.config import CommonConfig, EncodeConfig
 from semids.errors import UsageError
 from semids.stages import Stage, make_shards, peek_stage
 from tasks.stage import RETRY_DELAYS, ProgressArtifact, is_worth_retrying
@@ -28,7 +28,7 @@ REPORTING_SECONDS = 3
 Runner = TaskRunner[PrefectFuture[Any]]
 
 
-def check_cluster(config: CommonConfig) -> None:
+def check_cluster(config: CommonConfig | EncodeConfig) -> None:
     """Refuse a Ray cluster where what speaks to it is not installed.
 
     Raises:
@@ -83,7 +83,9 @@ def make_lot(folder: str, stage: Stage, lot: int, lots: int) -> None:
 def _on_ray(address: str) -> Generator[Runner]:
     from prefect_ray import RayTaskRunner
 
-    with cast("Runner", RayTaskRunner(address=None if address == "auto" else address)) as runner:
+    # By itself the runner would take "auto" for a cluster of its own on this machine, where none is running.
+    found = RayTaskRunner(init_kwargs={"address": "auto"}) if address == "auto" else RayTaskRunner(address=address)
+    with cast("Runner", found) as runner:
         yield runner
         # Ray ends its processes with the job, which may still have to tell the Prefect server how their tasks ended.
         time.sleep(REPORTING_SECONDS)

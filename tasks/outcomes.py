@@ -15,7 +15,7 @@ from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict
 
 from semids import results
-from semids.config import BuildConfig, CommonConfig, SweepConfig
+from semids.config import BuildConfig, CommonConfig, EncodeConfig, SweepConfig
 from semids.errors import SemidsError
 from semids.report import FailedCell, comparison_rows, format_table
 from semids.reporting import read_report
@@ -35,13 +35,15 @@ class CellOutcome(BaseModel):
     report: Ref
     artifact: str | None = None
     """The id of its report in the dashboard; None before it is shown there."""
+    folder: str | None = None
+    """Where the run folder shows it; None before it does."""
 
     def refs(self) -> results.CellRefs:
         """Return the references as the library holds them."""
         return results.CellRefs(self.model, self.ids, self.report)
 
 
-def own_run_folder(config: CommonConfig) -> AbstractContextManager[None]:
+def own_run_folder(config: CommonConfig | EncodeConfig) -> AbstractContextManager[None]:
     """Own the run folder for as long as the context lasts; a second owner is refused by name.
 
     Raises:
@@ -80,8 +82,7 @@ def sweep_state(outcomes: Sequence[CellOutcome | FailedCell]) -> State[Any]:
 def print_comparison(config: SweepConfig, state: State[Any]) -> int:
     """Print the comparison table and where everything is; return the exit code: 1 if a cell or the sweep failed."""
     if state.is_failed() and not (state.message or "").endswith("cells completed"):
-        print(f"The sweep did not reach its comparison: {state.message}")
-        return 1
+        return _say_why("The sweep did not reach its comparison", state)
     folder = results.results_folder(config)
     rows: list[dict[str, Any]] = json.loads((folder / "comparison.json").read_bytes())
     print(f"\n{format_table(rows)}\n")
@@ -90,13 +91,18 @@ def print_comparison(config: SweepConfig, state: State[Any]) -> int:
     return int(any(row["status"].startswith("failed") for row in rows))
 
 
-def print_outcome(config: BuildConfig, state: State[CellOutcome]) -> int:
+def print_outcome(state: State[CellOutcome]) -> int:
     """Print a configuration's figures and where everything is; return the exit code, that of the error if it failed."""
     if state.is_failed() or state.is_crashed():
-        error = state.result(raise_on_failure=False)
-        print(f"The build did not finish: {state.message}", file=sys.stderr)
-        return error.exit_code if isinstance(error, SemidsError) else 1
+        return _say_why("The run did not finish", state)
     outcome = state.result()
     print(f"\n{format_table(comparison_rows([read_report(outcome.report)]))}\n")
-    print(f"Report, plots, IDs, model   {results.results_folder(config) / outcome.label}")
+    print(f"Report, plots, IDs, model   {outcome.folder}")
     return 0
+
+
+def _say_why(what: str, state: State[Any]) -> int:
+    """Tell what a run could not do, and return the exit code of its error."""
+    print(f"{what}: {state.message}", file=sys.stderr)
+    error: Any = state.result(raise_on_failure=False)
+    return error.exit_code if isinstance(error, SemidsError) else 1

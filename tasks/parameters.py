@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
 from semids import runs
 from semids.cli import exit_code_of
 from semids.config import BuildConfig, EncodeConfig, SweepConfig, make_config, read_config
 from semids.errors import UsageError
-from semids.remote import fetch
 from semids.stages import Ref
 from tasks.tracking import run_tracked
+
+HEARTBEAT_SECONDS = 30
+"""As deployments set it: the automation that finds dead runs listens for these."""
 
 __all__ = ["BuildConfig", "EncodeConfig", "Ref", "SweepConfig", "configure_encoding", "start"]
 
@@ -24,9 +28,8 @@ def configure_encoding(config: EncodeConfig) -> BuildConfig:
     Raises:
         UsageError: the folder holds something other than a model, or there are no new items.
         CorruptionError: the folder holds no whole model.
-        StorageError: the store that a URL names did not answer.
     """
-    values = runs.encoding_config(Path(config.model), fetch(config.new_items, Path(config.out)))
+    values = runs.encoding_config(Path(config.model), config.new_items)
     chosen = config.model_dump(include={"out", "copy_to", "ray"})
     return make_config(BuildConfig, values | chosen, source=config.model)
 
@@ -47,4 +50,5 @@ def start(kind: type[BuildConfig | SweepConfig | EncodeConfig], run: Callable[[A
     configured: list[Any] = []
     if code := exit_code_of(read):
         return code
-    return run_tracked(lambda: run(configured[0]))
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: HEARTBEAT_SECONDS}):
+        return run_tracked(lambda: run(configured[0]))

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from semids import encoding, pipeline, reporting, runs
-from semids.config import BuildConfig, CommonConfig, SweepConfig
+from semids.config import BuildConfig, CommonConfig, EncodeConfig, SweepConfig
 from semids.memory import DRIVERS
 from semids.plan import checking_runner
 from semids.remote import is_remote
@@ -39,6 +39,23 @@ def fetch_catalogue(config: AnyConfig) -> AnyConfig:
 def copy_catalogue(config: AnyConfig) -> AnyConfig:
     """See `semids.runs.fetch_catalogue`."""
     return runs.fetch_catalogue(config)
+
+
+def fetch_new_items(config: EncodeConfig) -> EncodeConfig:
+    """Return the configuration with new items on this machine: copied to the run folder where a URL names them."""
+    return copy_new_items(config) if is_remote(config.new_items) or config.copy_to else config
+
+
+@task(
+    task_run_name="Copy {config.new_items}",
+    cache_policy=NO_CACHE,
+    retries=len(RETRY_DELAYS),
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=is_worth_retrying,
+)
+def copy_new_items(config: EncodeConfig) -> EncodeConfig:
+    """See `semids.runs.fetch_new_items`."""
+    return runs.fetch_new_items(config)
 
 
 def scan_catalogue(config: CommonConfig) -> Ref:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,7 +12,7 @@ import pytest
 from conftest import clustered_vectors
 
 from semids.cli import main
-from semids.config import SIX_SHAPES, BuildConfig, SweepConfig, read_config, write_config
+from semids.config import SIX_SHAPES, BuildConfig, SweepConfig, make_config, read_config, write_config
 from semids.errors import UsageError
 
 CONFIGS = Path(__file__).parent.parent / "deployments" / "configs"
@@ -35,6 +36,20 @@ def test_defaults_are_those_of_the_original_sheet() -> None:
     assert {cell.shape for cell in cells} == set(SIX_SHAPES)
     assert len(SIX_SHAPES) == 6
     assert len(cells) == 18
+
+
+LIMITS: list[tuple[dict[str, Any], str]] = [
+    ({"shapes": ["8x8", "x".join(["256"] * 8)]}, "numbers IDs with 63 bits"),
+    ({"min_contents_per_id": 5, "max_contents_per_id": ["none", "1"]}, "at most max_contents_per_id, 1, got 5"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), LIMITS)
+def test_a_sweep_refuses_what_capacity_cannot_do_before_any_work(values: dict[str, Any], message: str) -> None:
+    common = {"catalogue": {"path": "x.npy"}, "shapes": ["8x8"]}
+    with pytest.raises(UsageError, match=message):
+        make_config(SweepConfig, common | values, source="here")
+    make_config(SweepConfig, common | values | {"mappings": ["nearest"]}, source="here")
 
 
 def test_committed_configurations_read_and_write_back() -> None:

