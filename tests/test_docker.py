@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 PINNED_IMAGE = re.compile(r"[a-z]+:\d+(\.\d+)+-[a-z-]+@sha256:[0-9a-f]{64}")
+HADOLINT = Path(sys.executable).with_name("hadolint")
 SECRETS = {"SEMIDS_AUTH", "SEMIDS_DATABASE_PASSWORD"}
 VARIANTS = {
     "cpu": ["requirements-cpu.lock", "requirements-torch-cpu.lock"],
@@ -29,6 +32,25 @@ VARIANTS = {
 
 each_service = pytest.mark.parametrize("name", sorted(SERVICES))
 each_variant = pytest.mark.parametrize("variant", sorted(VARIANTS))
+
+
+def test_the_compose_file_holds_what_its_schema_knows(tmp_path: Path) -> None:
+    # Written anew: the validator's own reader need not know of merged keys.
+    (tmp_path / "compose.yaml").write_text(yaml.safe_dump(COMPOSE))
+    checked = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.skipif(not HADOLINT.exists(), reason="the linter of Dockerfiles is for Linux on x86-64")
+def test_the_linter_finds_nothing_in_the_dockerfile() -> None:
+    checked = subprocess.run([HADOLINT, DOCKER / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
 
 
 def stages() -> dict[str, list[str]]:
