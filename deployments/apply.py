@@ -24,7 +24,14 @@ from deployments.automations import alarm_on_collisions, crash_silent_runs, find
 PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
 PROCESS_POOL = "semids-process"
 DOCKER_POOL = "semids-docker"
-IMAGE = "semids:cpu"
+CONTAINERS = {
+    "image": "semids:cpu",
+    "image_pull_policy": "IfNotPresent",
+    "networks": ["semids_control"],
+    "volumes": ["semids_runs:/app/runs", "semids_models:/models"],
+    "env": {"PREFECT_API_URL": "http://server:4200/api"},
+}
+"""Defaults of runs in containers of their own: what docker/compose.yaml makes, so that they share its runs."""
 GPU_LIMIT = "tag:gpu"
 """Limits the task runs with the tag gpu; a killed one frees its slot within a minute."""
 
@@ -34,7 +41,8 @@ def make_pools() -> None:
     with get_client(sync_client=True) as client:
         metadata = client.read_worker_metadata()
         docker: dict[str, Any] = metadata["prefect-docker"]["docker"]["default_base_job_configuration"]
-        docker["variables"]["properties"]["image"]["default"] = IMAGE
+        for name, value in CONTAINERS.items():
+            docker["variables"]["properties"][name]["default"] = value
         pools = {
             PROCESS_POOL: ("process", metadata["prefect"]["process"]["default_base_job_configuration"]),
             DOCKER_POOL: ("docker", docker),

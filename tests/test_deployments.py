@@ -74,12 +74,22 @@ def test_registering_twice_leaves_one_of_each() -> None:
     with get_client(sync_client=True) as client:
         deployed = [deployment.name for deployment in client.read_deployments(limit=200)]
         pools = [pool.name for pool in client.read_work_pools()]
+        template = client.read_work_pool(apply.DOCKER_POOL).base_job_template["variables"]["properties"]
         automations = [automation.name for automation in client.read_automations()]
         limits = [limit.name for limit in client.read_global_concurrency_limits()]
     assert sorted(deployed) == sorted(deployment["name"] for deployment in DEPLOYMENTS)
     assert sorted(pools) == sorted([apply.PROCESS_POOL, apply.DOCKER_POOL])
     assert sum(name.startswith("semids") for name in automations) == 2
     assert limits == [apply.GPU_LIMIT]
+    compose = yaml.safe_load((Path(__file__).parents[1] / "docker" / "compose.yaml").read_text())
+    made = {f"{compose['name']}_{name}" for kind in ("networks", "volumes") for name in compose[kind]}
+    assert {volume.partition(":")[0] for volume in template["volumes"]["default"]} <= made
+    assert set(template["networks"]["default"]) <= made
+    assert template["image"]["default"] == compose["services"]["worker"]["image"]
+    assert (
+        template["env"]["default"]["PREFECT_API_URL"]
+        == (compose["services"]["worker"]["environment"]["PREFECT_API_URL"])
+    )
 
 
 @pytest.mark.slow
