@@ -66,9 +66,10 @@ def deploy() -> int:
     """Register the deployments of prefect.yaml and return the exit code; what Prefect says is shown if it fails."""
     content: dict[str, Any] = yaml.safe_load(PREFECT_FILE.read_text())
     with get_client(sync_client=True) as client:
-        scheduled = {deployment.name for deployment in client.read_deployments(limit=200) if deployment.schedules}
+        there = client.read_deployments(limit=200)
+    scheduled = {(deployment.name, deployment.entrypoint) for deployment in there if deployment.schedules}
     for deployment in content["deployments"]:
-        if deployment["name"] in scheduled:
+        if (deployment["name"], deployment["entrypoint"]) in scheduled:
             # Prefect would switch the schedule off again, and delete those that were made in the dashboard.
             deployment.pop("schedules", None)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

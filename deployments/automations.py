@@ -13,7 +13,7 @@ from prefect.events.actions import ActionTypes, ChangeFlowRunState, DoNothing, S
 from prefect.events.schemas.automations import EventTrigger, Posture
 
 SILENCE = timedelta(seconds=90)
-"""Three heartbeats of those that runs send, started by a worker or from a shell."""
+"""Three heartbeats of 30 s, the shortest that Prefect sends: deployments and `tasks.parameters.start` ask for them."""
 FLOWS = ("build", "sweep", "cell", "encode-new-items")
 """Whose runs are watched: those of other projects on the same server may send theirs less often."""
 NOTIFICATION = "SEMIDS_NOTIFICATION"

@@ -23,7 +23,7 @@ from semids.reporting import read_report
 from semids.stages import StageReader
 from semids.text import escape_markdown
 from tasks.outcomes import CellOutcome
-from tasks.stage import RETRY_DELAYS, is_worth_retrying
+from tasks.stage import RETRIES
 from tasks.tracking import prefer_tracked
 
 TOO_MANY_COLLISIONS = "semids.collision-rate.exceeded"
@@ -34,9 +34,7 @@ NEEDLESS_COLLISIONS = "semids.excess-collisions.found"
     task_run_name="publish {outcome.label}",
     cache_policy=NO_CACHE,
     result_serializer="json",
-    retries=len(RETRY_DELAYS),
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=is_worth_retrying,
+    **RETRIES,
 )
 def publish(config: BuildConfig, outcome: CellOutcome, *, encoded: bool = False) -> CellOutcome:
     """Show a configuration: links in the run folder's results, and its report under a key that stays the same.
@@ -91,9 +89,7 @@ def raise_alarms(config: BuildConfig, report: Report, *, encoded: bool = False) 
     task_run_name="compare the cells",
     cache_policy=NO_CACHE,
     result_serializer="json",
-    retries=len(RETRY_DELAYS),
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=is_worth_retrying,
+    **RETRIES,
 )
 def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -> None:
     """Write the comparison beside the results, and show it as the sweep's one artifact: table, plot, then reports.

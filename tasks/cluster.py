@@ -17,7 +17,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from semids.config import CommonConfig, EncodeConfig
 from semids.errors import UsageError
 from semids.stages import Stage, make_shards, peek_stage
-from tasks.stage import RETRY_DELAYS, ProgressArtifact, is_worth_retrying
+from tasks.stage import RETRIES, ProgressArtifact
 
 CELLS_AT_A_TIME = 2
 LOTS_PER_SLOT = 4
@@ -70,9 +70,7 @@ def spread_shards(config: CommonConfig, stage: Stage, *, uses_gpu: bool, lots_pe
 @task(
     task_run_name="{stage.title}, lot {lot} of {lots}",
     cache_policy=NO_CACHE,
-    retries=len(RETRY_DELAYS),
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=is_worth_retrying,
+    **RETRIES,
 )
 def make_lot(folder: str, stage: Stage, lot: int, lots: int) -> None:
     """Make every `lots`-th shard of a stage, from `lot` on."""

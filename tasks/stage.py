@@ -88,6 +88,14 @@ def is_worth_retrying(task: Any, task_run: Any, state: State[Any]) -> bool:
     return isinstance(error, OSError | SystemError)
 
 
+RETRIES: dict[str, Any] = {
+    "retries": len(RETRY_DELAYS),
+    "retry_delay_seconds": RETRY_DELAYS,
+    "retry_condition_fn": is_worth_retrying,
+}
+"""How tasks that read and write files are retried."""
+
+
 class ProgressArtifact:
     """Shows a long step as a progress bar in the dashboard, with its rate in the logs; short steps leave no trace.
 
@@ -125,9 +133,7 @@ class ProgressArtifact:
     persist_result=True,
     result_serializer="json",
     cache_policy=StageFingerprint(),
-    retries=len(RETRY_DELAYS),
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=is_worth_retrying,
+    **RETRIES,
 )
 def run_stage_task(folder: str, stage: Stage) -> Ref:
     """Run a stage, or find what an earlier run left of it."""

@@ -16,7 +16,7 @@ from semids.remote import is_remote
 from semids.results import CellRefs
 from semids.stages import Ref, Stage
 from tasks.cluster import spread_shards
-from tasks.stage import RETRY_DELAYS, is_worth_retrying, run_as_task
+from tasks.stage import RETRIES, run_as_task
 
 AnyConfig = TypeVar("AnyConfig", bound=CommonConfig)
 
@@ -32,9 +32,7 @@ def fetch_catalogue(config: AnyConfig) -> AnyConfig:
 @task(
     task_run_name="Copy {config.catalogue.path}",
     cache_policy=NO_CACHE,
-    retries=len(RETRY_DELAYS),
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=is_worth_retrying,
+    **RETRIES,
 )
 def copy_catalogue(config: AnyConfig) -> AnyConfig:
     """See `semids.runs.fetch_catalogue`."""
@@ -49,9 +47,7 @@ def fetch_new_items(config: EncodeConfig) -> EncodeConfig:
 @task(
     task_run_name="Copy {config.new_items}",
     cache_policy=NO_CACHE,
-    retries=len(RETRY_DELAYS),
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=is_worth_retrying,
+    **RETRIES,
 )
 def copy_new_items(config: EncodeConfig) -> EncodeConfig:
     """See `semids.runs.fetch_new_items`."""
