@@ -163,7 +163,7 @@ def test_every_field_of_a_form_has_a_title_and_a_sentence_and_none_is_a_box_of_j
             if field.get("type") == "object":
                 assert field.get("properties"), place
             if field.get("type") == "array":
-                assert field["items"].get("type") in {"string", "integer"}, place
+                assert field["items"].get("type") in {"string", "integer", "number"}, place
 
 
 @pytest.mark.slow
