@@ -96,7 +96,7 @@ def find_notification() -> UUID | None:
 def put_automation(automation: Automation) -> None:
     """Create an automation, or change the one of its name, which stays off if it was switched off.
 
-    An alarm that sends messages goes on to, where the environment names no notification.
+    An alarm that sends messages goes on sending them where the environment names no notification.
     """
     with get_client(sync_client=True) as client:
         found = client.read_automations_by_name(automation.name)
