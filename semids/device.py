@@ -6,6 +6,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -219,6 +220,31 @@ def _smallest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     return torch.cat(columns, dim=1), torch.cat(smallest, dim=1)
 
 
+@dataclass(frozen=True)
+class DeviceRows:
+    """Rows on a device that starts are chosen among; see `semids.starts`.
+
+    Args:
+        rows: (n, d) float32.
+        norms: (n,) float32, their squared lengths.
+        weights: (n,) float32, how often each counts.
+    """
+
+    rows: torch.Tensor
+    norms: torch.Tensor
+    weights: torch.Tensor
+
+    def distances(self, chosen: NDArray[np.int64]) -> torch.Tensor:
+        """Return the (m, n) squared distances of m of the rows to all."""
+        numbers = upload(chosen, self.rows.device)
+        products = self.rows[numbers] @ self.rows.T
+        return products.mul_(-2).add_(self.norms).add_(self.norms[numbers, None]).clamp_(min=0)
+
+    def to_host(self, values: torch.Tensor) -> NDArray[np.float32]:
+        """Return (n,) values as an array of NumPy."""
+        return values.cpu().numpy()
+
+
 class DeviceLloyd:
     """Lloyd steps on rows that stay on a device: each moves every codeword to the mean of the rows nearest to it.
 
@@ -235,10 +261,10 @@ class DeviceLloyd:
         self._norms = self._rows.square().sum(dim=1)
         self._weights = upload(np.ones(len(rows), np.float32) if weights is None else weights, device)
 
-    def first_step(self, seed: int) -> tuple[NDArray[np.float32], float]:
-        """As `step`, from rows drawn by the seed."""
-        drawn = np.random.default_rng(seed).choice(len(self._rows), self._size, replace=False)
-        return self.step(self._rows[upload(drawn, self._rows.device)].cpu().numpy())
+    def select(self, numbers: NDArray[np.int64]) -> DeviceRows:
+        """Return some of the rows, to choose starts among."""
+        chosen = upload(numbers, self._rows.device)
+        return DeviceRows(self._rows[chosen], self._norms[chosen], self._weights[chosen])
 
     def step(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
         """Return the moved (K, d) centroids, and the rows' mean squared distance to those they were moved from.

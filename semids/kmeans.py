@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +13,12 @@ from semids.arrays import Vectors
 from semids.device import STEP_BYTES, DeviceLloyd, accelerator
 from semids.errors import UsageError
 from semids.memory import device_free_bytes
+from semids.starts import HostRows, StartRows, choose_starts, draw_start_rows
 
 ROWS_PER_CODEWORD = 1024
 """Training rows a codeword: 256, FAISS's habit, costs 2 % of error; more than 1,024 gains under 0.5 %."""
 SAMPLE_BYTES = 4 << 30
 """Largest training sample: 1,024 rows a codeword for up to 1,024 codewords of 1,024 dimensions, or 256 of 4,096."""
-
-# What FAISS adds to its seed for every restart of its own.
-RESTART_SEED = 15_486_557
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Lloyd:
     """How codewords are looked for.
 
     Args:
-        iterations: Lloyd steps of each start; 1 leaves codewords near random rows, beyond 50 gains little.
+        iterations: Lloyd steps of each start; beyond 50 gains little.
         restarts: independent starts of which the one with the lowest error is kept.
     """
 
@@ -69,7 +67,7 @@ def fit_codebook(
     size: int,
     lloyd: Lloyd,
     *,
-    seed: int,
+    rng: np.random.Generator,
     weights: NDArray[np.float32] | None = None,
     done: Callable[[int], None] = lambda steps: None,
 ) -> CodebookFit:
@@ -82,7 +80,7 @@ def fit_codebook(
         rows: (n, d) float32.
         size: K, number of codewords.
         lloyd: how many steps and starts.
-        seed: draws the rows that each start begins from, other ones on a CUDA device.
+        rng: draws what each start begins from.
         weights: (n,) float32, how often each row counts; None is once.
         done: called with the number of Lloyd steps taken, of iterations × restarts in all.
 
@@ -95,22 +93,44 @@ def fit_codebook(
     if distinct is not None:
         codebook = np.concatenate([distinct, np.repeat(distinct[:1], size - len(distinct), axis=0)])
         return CodebookFit(codebook, 0.0, len(distinct))
-    device = accelerator()
-    room = device_free_bytes()
-    if room is not None and rows.nbytes + STEP_BYTES > room:
-        device = None
-    stepper = _FaissLloyd(rows, size, weights) if device is None else DeviceLloyd(rows, size, weights, device)
+    stepper = lloyd_stepper(rows, size, weights)
     least, codebook = np.inf, np.empty((0, rows.shape[1]), np.float32)
     for restart in range(lloyd.restarts):
-        restart_seed = (seed + restart * RESTART_SEED) % (1 << 31)
-        centroids, error = stepper.first_step(restart_seed)
-        done(restart * lloyd.iterations + 1)
-        for iteration in range(1, lloyd.iterations):
+        centroids, error = rows[draw_starts(stepper, rows, size, rng=rng)], np.inf
+        for iteration in range(lloyd.iterations):
             centroids, error = stepper.step(centroids)
             done(restart * lloyd.iterations + iteration + 1)
         if restart == 0 or error < least:
             least, codebook = error, centroids
     return CodebookFit(codebook, least, size)
+
+
+class LloydStepper(Protocol):
+    """Takes Lloyd steps on some rows."""
+
+    def select(self, numbers: NDArray[np.int64]) -> StartRows:
+        """Return some of the rows, to choose starts among."""
+        ...
+
+    def step(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        """Return the moved centroids, and the mean squared distance of the rows to those they were moved from."""
+        ...
+
+
+def lloyd_stepper(rows: NDArray[np.float32], size: int, weights: NDArray[np.float32] | None = None) -> LloydStepper:
+    """Return what takes Lloyd steps of `size` codewords on (n, d) rows, on a CUDA device if it has room for them."""
+    device, room = accelerator(), device_free_bytes()
+    if device is None or (room is not None and rows.nbytes + STEP_BYTES > room):
+        return _FaissLloyd(rows, size, weights)
+    return DeviceLloyd(rows, size, weights, device)
+
+
+def draw_starts(
+    stepper: LloydStepper, rows: NDArray[np.float32], size: int, *, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return the numbers of the rows that codewords start from."""
+    seen = draw_start_rows(len(rows), size, rows.shape[1], rng=rng)
+    return seen[choose_starts(stepper.select(seen), size, rng=rng)]
 
 
 class _FaissLloyd:
@@ -124,23 +144,18 @@ class _FaissLloyd:
 
     def __init__(self, rows: NDArray[np.float32], size: int, weights: NDArray[np.float32] | None) -> None:
         self._faiss, self._rows, self._size, self._weights = _import_faiss(), rows, size, weights
-        self._seed = 0
 
-    def first_step(self, seed: int) -> tuple[NDArray[np.float32], float]:
-        """As `step`, from rows that FAISS draws by the seed."""
-        self._seed = seed
-        return self._step(None)
+    def select(self, numbers: NDArray[np.int64]) -> StartRows:
+        """Return some of the rows, to choose starts among."""
+        weights = np.ones(len(numbers), np.float32) if self._weights is None else self._weights[numbers]
+        return HostRows(self._rows[numbers], weights)
 
     def step(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
         """Return the moved centroids, and the mean squared distance of the rows to those they were moved from."""
-        return self._step(centroids)
-
-    def _step(self, centroids: NDArray[np.float32] | None) -> tuple[NDArray[np.float32], float]:
         kmeans = self._faiss.Kmeans(
             self._rows.shape[1],
             self._size,
             niter=1,
-            seed=self._seed,
             # The caller has drawn the sample: FAISS must neither thin it nor warn that it is small.
             max_points_per_centroid=len(self._rows),
             min_points_per_centroid=1,

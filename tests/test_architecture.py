@@ -76,7 +76,7 @@ import sys; sys.modules["faiss"] = None
 import numpy as np
 from semids.errors import UsageError
 from semids.kmeans import Lloyd, fit_codebook
-try: fit_codebook(np.random.default_rng(0).normal(size=(99, 4)), 4, Lloyd(2, 1), seed=0)
+try: fit_codebook(np.random.default_rng(0).normal(size=(99, 4)), 4, Lloyd(2, 1), rng=np.random.default_rng(0))
 except UsageError as error: print(error)
 """
     assert "install semids[cpu] or semids[gpu], never both" in run_python(code)

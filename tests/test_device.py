@@ -116,11 +116,11 @@ def test_codewords_without_rows_split_the_largest(vectors: np.ndarray) -> None:
 
 
 def test_codebooks_of_a_device_are_as_good_as_faiss_s(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = fit_codebook(vectors, 32, Lloyd(25, 3), seed=1)
+    expected = fit_codebook(vectors, 32, Lloyd(25, 3), rng=np.random.default_rng(1))
     monkeypatch.setattr(kmeans, "accelerator", lambda: DEVICE)
     told: list[int] = []
-    found = fit_codebook(vectors, 32, Lloyd(25, 3), seed=1, done=told.append)
-    again = fit_codebook(vectors, 32, Lloyd(25, 3), seed=1)
+    found = fit_codebook(vectors, 32, Lloyd(25, 3), rng=np.random.default_rng(1), done=told.append)
+    again = fit_codebook(vectors, 32, Lloyd(25, 3), rng=np.random.default_rng(1))
     assert np.array_equal(found.codebook, again.codebook)
     assert found.mean_squared_error <= 1.01 * expected.mean_squared_error  # seen: 1.000
     assert told == list(range(1, 76))

@@ -16,7 +16,7 @@ from semids.kmeans import Lloyd, fit_codebook
 from semids.prefixes import nearest_quantizer
 from semids.refits import refit_jointly, refit_last
 
-BUILD = ("--shape", "6x6x6", "--set", "options.residual_kmeans.restarts=1")
+BUILD = ("--shape", "6x6x6")
 COPIES = 5
 
 
@@ -100,7 +100,7 @@ def test_weighted_codebooks_are_those_of_repeated_rows(vectors: np.ndarray) -> N
 def test_a_heavy_row_draws_its_codeword(vectors: np.ndarray) -> None:
     rows, weights = vectors[:200], np.ones(200, np.float32)
     weights[17] = 1e4
-    codebook = fit_codebook(rows, 8, Lloyd(10, 2), seed=0, weights=weights).codebook
+    codebook = fit_codebook(rows, 8, Lloyd(10, 2), rng=np.random.default_rng(0), weights=weights).codebook
     assert np.square(codebook - rows[17]).sum(axis=1).min() < 1e-3
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from semids import residual
 from semids.errors import CodesError, ShapeError
-from semids.kmeans import Lloyd, distinct_rows, fit_codebook, sample_rows
+from semids.kmeans import Lloyd, distinct_rows, draw_starts, fit_codebook, lloyd_stepper, sample_rows
 from semids.residual import PriceTable, ResidualCodebooks
 
 
@@ -111,25 +111,31 @@ def test_codebooks_of_unequal_width_and_misfit_potentials_are_refused() -> None:
 @pytest.mark.parametrize("distinct", [1, 8, 32])
 def test_fewer_distinct_rows_than_codewords_become_the_codebook(distinct: int) -> None:
     rows = np.random.default_rng(0).normal(size=(distinct, 4)).astype(np.float32)
-    fit = fit_codebook(rows[np.arange(500) % distinct], 32, Lloyd(5, 1), seed=0)
+    fit = fit_codebook(rows[np.arange(500) % distinct], 32, Lloyd(5, 1), rng=np.random.default_rng(0))
     assert fit.distinct_codewords == distinct
     assert fit.mean_squared_error == 0
     assert fit.codebook.shape == (32, 4)
     assert distinct_rows(fit.codebook, at_most=32).shape == (distinct, 4)
 
 
-def test_codebooks_are_those_of_faiss_and_every_step_is_told(vectors: np.ndarray) -> None:
+def test_steps_are_those_of_faiss_and_every_step_is_told(vectors: np.ndarray) -> None:
     told: list[int] = []
-    fit = fit_codebook(vectors, 48, Lloyd(7, 3), seed=11, done=told.append)
-    kmeans = faiss.Kmeans(24, 48, niter=7, nredo=3, seed=11, max_points_per_centroid=2000, min_points_per_centroid=1)
-    objective = kmeans.train(vectors)
-    assert np.array_equal(fit.codebook, kmeans.centroids)
-    assert fit.mean_squared_error == pytest.approx(objective / len(vectors))
+    fit = fit_codebook(vectors, 48, Lloyd(7, 3), rng=np.random.default_rng(11), done=told.append)
     assert told == list(range(1, 22))
+    rng, stepper = np.random.default_rng(11), lloyd_stepper(vectors, 48)
+    runs: list[tuple[float, np.ndarray]] = []
+    for _ in range(3):
+        starts = draw_starts(stepper, vectors, 48, rng=rng)
+        kmeans = faiss.Kmeans(24, 48, niter=7, max_points_per_centroid=2000, min_points_per_centroid=1)
+        objective = kmeans.train(vectors, init_centroids=vectors[starts])
+        runs.append((objective / len(vectors), kmeans.centroids))
+    error, centroids = min(runs, key=lambda run: run[0])
+    assert np.array_equal(fit.codebook, centroids)
+    assert fit.mean_squared_error == pytest.approx(error)
 
 
 def test_more_restarts_never_fit_worse(vectors: np.ndarray) -> None:
-    errors = [fit_codebook(vectors, 32, Lloyd(10, n), seed=3).mean_squared_error for n in (1, 4)]
+    errors = [fit_codebook(vectors, 32, Lloyd(10, n), rng=np.random.default_rng(3)).mean_squared_error for n in (1, 4)]
     assert errors[1] <= errors[0] + 1e-6
 
 

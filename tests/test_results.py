@@ -61,7 +61,7 @@ def test_a_configuration_that_takes_the_place_of_another_says_so(
     arguments = ["tokenize", str(tmp_path / "vectors.npy"), "--shape", "4x4", "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     with caplog.at_level(logging.WARNING, logger="semids"):
-        assert main([*arguments, "--set", "options.residual_kmeans.restarts=1"]) == 0
+        assert main([*arguments, "--set", "options.residual_kmeans.restarts=2"]) == 0
     (warning,) = caplog.messages
     assert "now shows another configuration (options.residual_kmeans.restarts)" in warning
 

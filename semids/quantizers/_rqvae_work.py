@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semids.calibration import draw_rows, reading, taking, writing
-from semids.kmeans import training_budget
+from semids.kmeans import Lloyd, training_budget
 from semids.network import CHUNK_ROWS, Network
 from semids.parallel import thread_count
 from semids.quantizers._rqvae_memory import decoder_device_bytes, training_device_bytes
-from semids.quantizers._work import HEADER_BYTES, codebook_bytes, encoding_work, fitting
+from semids.quantizers._work import HEADER_BYTES, codebook_bytes, encoding_work, lloyd_work
 from semids.shards import SHARD_ROWS, ShardLayout
 from semids.work import Counts, Probe, Work
 
@@ -94,8 +94,8 @@ def network_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
     work = Work(units)
     for size in set(sizes) if settings.kmeans_init else ():
         rows = min(training_budget(size, settings.e_dim), counts.training)
-        lloyd = sizes.count(size) * settings.kmeans_iters * rows * size
-        work += Work({fitting(size, settings.e_dim): lloyd}, memory=8 * rows * settings.e_dim)
+        fit = lloyd_work(size, settings.e_dim, rows, Lloyd(settings.kmeans_iters, restarts=sizes.count(size)))
+        work += fit + Work(memory=8 * rows * settings.e_dim)
     # Contents of the training split, those of them that are trained on, and two orders of them, in every process.
     orders = settings.processes * 24 * counts.training
     # Rows on their way, as they are and standardised; what layers make of them, and its gradients; scores.

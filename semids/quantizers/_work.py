@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from semids.balance import NEWTON_CODEWORDS, SINKHORN_STEPS_PER_NEWTON_STEP, fit
 from semids.blocks import BLOCK_BYTES, READ_ROWS
 from semids.calibration import PROBE_ENTRIES, draw_rows, reading, taking
 from semids.capacity import COST_BYTES, ROWS_PER_CHILD, Bounds, Loads, cheapest_children
-from semids.kmeans import Lloyd, fit_codebook, training_budget
+from semids.kmeans import Lloyd, draw_starts, lloyd_stepper, training_budget
 from semids.parallel import AHEAD, thread_count
 from semids.prefixes import assign_level, nearest_quantizer
 from semids.refits import DENSE_CODEWORDS, SUM_BYTES, refit_last
 from semids.residual import CHUNK_ROWS, PART_ROWS, PRODUCT_BYTES, SCORE_BYTES
 from semids.shards import SHARD_ROWS
+from semids.starts import ROWS_PER_START, start_rows
 from semids.work import Counts, Probe, Work
 
 FLOPS = 1 << 34
 """Multiplications and additions of a probe at most: a third of a second of one core."""
+PROBE_STARTS = 128
+"""Codewords that a probe chooses starts of."""
 SMALL_CODEBOOK = 512
 """Largest codebook whose curvature a probe forms."""
 EXPONENTIALS = 128
@@ -55,9 +59,25 @@ def fitting(size: int, dimensions: int) -> Probe:
 
     def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
         rows = draw_rows(max(4 * codewords + 1, min(16_384, FLOPS // (2 * codewords * dimensions))), dimensions)
-        return lambda: fit_codebook(rows, codewords, Lloyd(2, 1), seed=0), 2 * len(rows) * codewords
+        stepper = lloyd_stepper(rows, codewords)
+        return lambda: stepper.step(rows[:codewords]), len(rows) * codewords
 
     return Probe(f"Lloyd step, {codewords} × {dimensions}", prepare)
+
+
+def starting(dimensions: int) -> Probe:
+    """Rows that starts are chosen among, times codewords."""
+
+    def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
+        rows = draw_rows(PROBE_STARTS * ROWS_PER_START, dimensions)
+        stepper = lloyd_stepper(rows, PROBE_STARTS)
+
+        def run() -> None:
+            draw_starts(stepper, rows, PROBE_STARTS, rng=np.random.default_rng(0))
+
+        return run, len(rows) * PROBE_STARTS
+
+    return Probe(f"starts, {PROBE_STARTS} × {dimensions}", prepare)
 
 
 def encoding(sizes: Sequence[int], dimensions: int, itemsize: int) -> Probe:
@@ -167,15 +187,23 @@ def codebook_bytes(sizes: Sequence[int], dimensions: int) -> int:
     return sum(4 * size * (dimensions + 1) + HEADER_BYTES for size in sizes)
 
 
-def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, steps: int) -> Work:
-    """Return the work of fitting the codebook of a level, from 1, in so many Lloyd steps."""
-    size = sizes[level - 1]
-    sample = _sample_work(level, sizes, counts)
+def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, lloyd: Lloyd) -> Work:
+    """Return the work of fitting the codebook of a level, from 1."""
+    size, d = sizes[level - 1], counts.dimensions
     rows = sample_size(size, counts)
-    lloyd = Work(
-        {fitting(size, counts.dimensions): steps * rows * size}, disk=codebook_bytes([size], counts.dimensions)
-    )
-    return sample + lloyd
+    sample = _sample_work(level, sizes, counts)
+    fit = lloyd_work(size, d, rows, lloyd) + Work(memory=4 * rows * d, disk=codebook_bytes([size], d))
+    return replace(sample + fit, memory=max(sample.memory, fit.memory))
+
+
+def lloyd_work(size: int, dimensions: int, rows: int, lloyd: Lloyd) -> Work:
+    """Return the work of fitting `size` codewords to so many rows, those left out."""
+    seen = min(rows, start_rows(size, dimensions))
+    units = {
+        starting(dimensions): lloyd.restarts * seen * size,
+        fitting(size, dimensions): lloyd.restarts * lloyd.iterations * rows * size,
+    }
+    return Work(units, memory=4 * seen * dimensions)
 
 
 def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: int, coarse: int, largest: int) -> Work:

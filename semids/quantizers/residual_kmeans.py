@@ -39,7 +39,7 @@ class ResidualKMeansSettings(QuantizerSettings):
 
     iterations: int = Field(25, ge=1, le=1000)
     """Lloyd steps of a start. More than 50 gain little."""
-    restarts: int = Field(3, ge=1, le=100)
+    restarts: int = Field(1, ge=1, le=100)
     """Independent starts of a level, of which the best is kept; time grows in proportion."""
     weights: Literal["contents", "items"] = "contents"
     """What codebooks are fitted to: contents counts every distinct content once, items as often as there are items with
@@ -72,7 +72,7 @@ class ResidualKMeans(Quantizer):
         """Return one step a level for the codebooks, then those of another mapping: a step a level, or more."""
         steps: list[TrainingStep] = []
         weighted = self.settings.weights == "items"
-        lloyd_steps = self.settings.iterations * self.settings.restarts
+        lloyd = Lloyd(self.settings.iterations, self.settings.restarts)
         for level, size in enumerate(self.sizes, start=1):
             steps.append(
                 TrainingStep(
@@ -80,7 +80,7 @@ class ResidualKMeans(Quantizer):
                     title=f"Fit codebook {level} ({size} codewords)",
                     parameters={"size": size, "seed": self.seed, **self.settings.model_dump(exclude={"beam"})},
                     run=type(self)._fit_codebook,
-                    work=partial(codebook_work, level, self.sizes, steps=lloyd_steps),
+                    work=partial(codebook_work, level, self.sizes, lloyd=lloyd),
                     needs=tuple(f"codebook-{before}" for before in range(1, level)),
                     weighted=weighted,
                 )
@@ -103,7 +103,7 @@ class ResidualKMeans(Quantizer):
             sample.residuals,
             size,
             Lloyd(self.settings.iterations, self.settings.restarts),
-            seed=self.seed,
+            rng=np.random.default_rng((self.seed, len(levels))),
             weights=sample.weights,
             done=lambda taken: progress(step.title, taken, steps, "Lloyd steps"),
         )

@@ -113,7 +113,7 @@ class Rqvae(Quantizer):
     name: ClassVar[str] = "rqvae"
     settings_type: ClassVar[type[QuantizerSettings]] = RqvaeSettings
     mappings: ClassVar[tuple[MappingName, ...]] = ("nearest", "uniform", "capacity")
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     """Raised when the same configuration trains another network: it takes hours, which no changed line is to cost."""
     decoder_version: ClassVar[int] = 2
     """The same of the decoder that is fitted to another mapping's codes."""

@@ -47,7 +47,7 @@ def _measure(parts: tuple[str, ...], path: Path) -> None:
     if training.PART in parts:
         training.measure_training(vectors)
     if {encode.PART, mapping.PART} & set(parts):
-        codebooks = fit_codebooks(vectors.astype(np.float32), iterations=10, restarts=1)
+        codebooks = fit_codebooks(vectors.astype(np.float32), iterations=10)
         if encode.PART in parts:
             encode.measure_encoding(vectors, codebooks)
         if mapping.PART in parts:

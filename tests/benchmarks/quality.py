@@ -22,12 +22,13 @@ CHUNK_ROWS = 8192
 Codebooks = tuple[NDArray[np.float32], ...]
 
 
-def fit_codebooks(rows: NDArray[np.float32], *, iterations: int, restarts: int) -> Codebooks:
+def fit_codebooks(rows: NDArray[np.float32], *, iterations: int) -> Codebooks:
     """Return codebooks of SIZES, each fitted to what those before it leave of all (n, d) rows."""
     books: Codebooks = ()
-    for size in SIZES:
+    for level, size in enumerate(SIZES):
         residuals = nearest_quantizer(books).residuals(rows) if books else rows
-        books = (*books, fit_codebook(residuals, size, Lloyd(iterations, restarts), seed=0).codebook)
+        rng = np.random.default_rng((0, level))
+        books = (*books, fit_codebook(residuals, size, Lloyd(iterations, restarts=1), rng=rng).codebook)
     return books
 
 

@@ -37,15 +37,13 @@ class Fit:
 
 def training_contenders() -> dict[str, Fit]:
     """Return who is measured, by name; semantic-id where it is installed."""
-    quick = partial(fit_codebooks, restarts=1)
     fits = {
-        "semids, 1 start of 10 steps": Fit(partial(quick, iterations=10), None, 1),
-        "semids, 1 start of 10 steps, fewer rows": Fit(partial(quick, iterations=10), FAISS_ROWS, 3),
-        "semids, 1 start of 5 steps, fewer rows": Fit(partial(quick, iterations=5), FAISS_ROWS, 3),
-        "semids, 1 start of 4 steps, fewer rows": Fit(partial(quick, iterations=4), 5 * FAISS_ROWS // 4, 3),
+        "semids, default (25 steps)": Fit(partial(fit_codebooks, iterations=25), None, 1),
+        "semids, 10 steps": Fit(partial(fit_codebooks, iterations=10), None, 1),
+        "semids, 10 steps, fewer rows": Fit(partial(fit_codebooks, iterations=10), FAISS_ROWS, 3),
+        "semids, 2 steps, fewer rows": Fit(partial(fit_codebooks, iterations=2), FAISS_ROWS, 3),
         "scikit-learn MiniBatchKMeans, default": Fit(_fit_by_scikit_learn, None, 3),
         "FAISS ResidualQuantizer, default": Fit(_fit_by_faiss, FAISS_ROWS, 1),
-        "semids, default (3 starts of 25 steps)": Fit(partial(fit_codebooks, iterations=25, restarts=3), None, 1),
     }
     if importlib.util.find_spec("semantic_id"):
         fits["semantic-id RQKMeans, default"] = Fit(_fit_by_semantic_id, SEMANTIC_ID_ROWS, 1)
