@@ -193,8 +193,12 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return plain_table([HEADINGS[key] for key in columns], cells, left=_text_columns(columns))
 
 
-def render_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows of `comparison_rows` as a Markdown table, then a list of the cells that failed."""
+def render_comparison(rows: Sequence[Mapping[str, Any]], *, plot: str | None = None) -> str:
+    """Return rows of `comparison_rows` as a Markdown table, then a list of the cells that failed, then their plot.
+
+    Args:
+        plot: the address of the picture; None shows none.
+    """
     finished = [row for row in rows if "collision_rate" in row]
     failed = [row for row in rows if "collision_rate" not in row]
     parts: list[str] = []
@@ -216,6 +220,8 @@ def render_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     if failed:
         parts.append(f"**{len(failed)} of {len(rows)} cells have no report:**")
         parts.append("\n".join(f"- {escape_markdown(_text(row, 'cell'))}: {_reason(row)}" for row in failed))
+    if plot:
+        parts.append(f"![Collision rate against relative MSE]({plot})")
     return "\n\n".join(parts or ["No cells."]) + "\n"
 
 

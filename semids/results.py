@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,9 +16,10 @@ from typing import Any
 from semids.config import BuildConfig, CommonConfig, write_config
 from semids.errors import CorruptionError, StorageError, UsageError
 from semids.items import is_vectors
+from semids.plots import plot_comparison
 from semids.readers import COMPRESSIONS, FORMATS
 from semids.remote import push
-from semids.report import Report
+from semids.report import FailedCell, Report, comparison_rows, render_comparison
 from semids.reporting import read_report
 from semids.stages import Ref, StageReader, reference
 from semids.store import (
@@ -99,6 +101,34 @@ def publish(config: BuildConfig, refs: CellRefs, *, encoded: bool = False) -> Pa
     show_files(shown, files, record)
     copy_results(config, shown)
     return shown
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The cells of a sweep beside each other.
+
+    Args:
+        rows: see `comparison_rows`.
+        plot: PNG; None where no cell has what it shows.
+        path: the page in the run folder.
+    """
+
+    rows: list[dict[str, Any]]
+    plot: bytes | None
+    path: Path
+
+
+def compare(config: CommonConfig, cells: Iterable[Report | FailedCell]) -> Comparison:
+    """Write the comparison of the cells of a sweep beside their results, as a page, a plot and JSON."""
+    rows = comparison_rows(cells)
+    plot = plot_comparison(rows)
+    files = {
+        "comparison.json": (json.dumps(rows, indent=1) + "\n").encode(),
+        "comparison.md": render_comparison(rows, plot="comparison.png" if plot else None).encode(),
+    } | ({"comparison.png": plot} if plot else {})
+    folder = results_folder(config)
+    show_files(folder, files)
+    return Comparison(rows, plot, folder / "comparison.md")
 
 
 def copy_results(config: CommonConfig, shown: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -17,8 +16,7 @@ from prefect.logging import get_run_logger
 from semids import results
 from semids.config import BuildConfig, CommonConfig, SweepConfig
 from semids.page import describe_collisions, render_markdown
-from semids.plots import plot_comparison
-from semids.report import FailedCell, Report, comparison_rows, render_comparison
+from semids.report import FailedCell, Report, render_comparison
 from semids.reporting import read_report
 from semids.stages import StageReader
 from semids.text import escape_markdown
@@ -96,26 +94,16 @@ def compare(config: SweepConfig, outcomes: Sequence[CellOutcome | FailedCell]) -
 
     A run's page has no order of artifacts, so that those of the cells are on the cells' own pages.
     """
-    folder = results.results_folder(config)
-    rows = comparison_rows(
-        outcome if isinstance(outcome, FailedCell) else read_report(outcome.report) for outcome in outcomes
-    )
-    plot = plot_comparison(rows)
-    table = render_comparison(rows)
-    files = {
-        "comparison.json": (json.dumps(rows, indent=1) + "\n").encode(),
-        "comparison.md": _with_plot(table, "comparison.png" if plot else None).encode(),
-    } | ({"comparison.png": plot} if plot else {})
-    results.show_files(folder, files)
+    cells = [outcome if isinstance(outcome, FailedCell) else read_report(outcome.report) for outcome in outcomes]
+    comparison = results.compare(config, cells)
+    image = _data_uri(comparison.plot) if comparison.plot else None
     done = [outcome for outcome in outcomes if isinstance(outcome, CellOutcome)]
     _show(
-        f"# {escape_markdown(config.label)}\n\n"
-        + _with_plot(table, _data_uri(plot) if plot else None)
-        + _list_reports(done),
+        f"# {escape_markdown(config.label)}\n\n" + render_comparison(comparison.rows, plot=image) + _list_reports(done),
         key=_key("comparison", config),
-        description=_describe_comparison(rows),
+        description=_describe_comparison(comparison.rows),
     )
-    get_run_logger().info("Compared %d cells: %s", len(rows), folder / "comparison.md")
+    get_run_logger().info("Compared %d cells: %s", len(cells), comparison.path)
 
 
 def _show(markdown: str, *, key: str, description: str) -> str | None:
@@ -153,7 +141,3 @@ def _key(kind: str, config: CommonConfig, *more: str) -> str:
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _with_plot(table: str, image: str | None) -> str:
-    return f"{table}\n![Collision rate against relative MSE]({image})\n" if image else table

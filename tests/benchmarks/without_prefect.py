@@ -12,11 +12,12 @@ from pathlib import Path
 from semids import pipeline, results
 from semids.config import SweepConfig, read_config
 from semids.progress import silent
+from semids.reporting import read_report
 from semids.runs import build_cell, local_runner
 
 
 def main(cells_at_a_time: int, path: str) -> None:
-    """Build and publish every cell of the sweep that the file describes."""
+    """Build and publish every cell of the sweep that the file describes, and compare them."""
     config = read_config(path, SweepConfig)
     run = local_runner(Path(config.out), silent)
     items = run(pipeline.scan_catalogue(config))
@@ -25,6 +26,7 @@ def main(cells_at_a_time: int, path: str) -> None:
         cells = [(one, pool.submit(build_cell, one, items, vectors, run)) for one in config.cells()]
         for one, built in cells:
             results.publish(one, built.result())
+    results.compare(config, [read_report(built.result().report) for _, built in cells])
 
 
 if __name__ == "__main__":
