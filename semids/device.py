@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEVICE_SCORE_BYTES = 256 << 20
 """Largest scores, rows × codewords × paths, of a chunk on the device."""
 STEP_BYTES = 4 * DEVICE_SCORE_BYTES
-"""Most that a Lloyd step holds on the device besides the rows."""
+"""Most that a Lloyd step, or choosing what it starts from, holds on the device besides the rows."""
 AT_A_TIME = 4
 """Threads that use the device at a time: enough for one to copy while another computes; each holds a chunk there."""
 
@@ -235,10 +235,11 @@ class DeviceRows:
     weights: torch.Tensor
 
     def distances(self, chosen: NDArray[np.int64]) -> torch.Tensor:
-        """Return the (m, n) squared distances of m of the rows to all."""
+        """Return the (m, n) float32 squared distances of m of the rows to all, to itself exactly 0."""
         numbers = upload(chosen, self.rows.device)
         products = self.rows[numbers] @ self.rows.T
-        return products.mul_(-2).add_(self.norms).add_(self.norms[numbers, None]).clamp_(min=0)
+        distances = products.mul_(-2).add_(self.norms).add_(self.norms[numbers, None]).clamp_(min=0)
+        return distances.scatter_(1, numbers[:, None], 0)
 
     def to_host(self, values: torch.Tensor) -> NDArray[np.float32]:
         """Return (n,) values as an array of NumPy."""

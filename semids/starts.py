@@ -7,16 +7,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from semids.parallel import in_order, slices
+from semids.parallel import in_order, single_threaded_products, slices
 
 ROWS_PER_START = 32
-"""Rows a codeword that starts are chosen among: 16 cost 0.5 % of error, 64 gain nothing."""
+"""Rows a codeword that starts are chosen among. CHANGELOG.md has what other numbers gave, here and below."""
 START_BYTES = 1 << 29
-"""Of those rows at most: they are a copy."""
+"""Largest copy of those rows."""
 CANDIDATES = 32
-"""Rows that are drawn at a time: of 7, the number usual for 256 codewords, the best are 0.5 % worse."""
+"""Rows that are drawn at a time."""
 CHOSEN = 4
-"""How many of them become starts. One a time is no better and takes twice as long, 8 are a little worse."""
+"""How many of them become starts, at most."""
 SLICE_ROWS = 1 << 12
 """Rows whose distances are computed at a time, each part by a thread."""
 
@@ -30,7 +30,7 @@ class StartRows(Protocol):
         ...
 
     def distances(self, chosen: NDArray[np.int64]) -> Any:
-        """Return the (m, n) float32 squared distances of m of the rows to all."""
+        """Return the (m, n) float32 squared distances of m of the rows to all, to itself exactly 0."""
         ...
 
     def to_host(self, values: Any) -> NDArray[np.float32]:
@@ -39,42 +39,54 @@ class StartRows(Protocol):
 
 
 def draw_start_rows(rows: int, size: int, dimensions: int, *, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return the numbers of the rows, ascending, that the starts of `size` codewords are chosen among."""
+    """Return the numbers of the rows that starts are chosen among: different, ascending, (min(rows, start_rows),).
+
+    Args:
+        rows: how many there are.
+        size: K, number of codewords.
+        dimensions: d, of a row.
+        rng: draws them.
+    """
     count = min(rows, start_rows(size, dimensions))
     return np.arange(rows) if count == rows else np.sort(rng.choice(rows, count, replace=False, shuffle=False))
 
 
 def start_rows(size: int, dimensions: int) -> int:
-    """Return how many rows there are to choose among, where there are enough."""
+    """Return among how many rows, if there are enough, the starts of `size` codewords of so many dimensions are chosen."""
     return max(size, min(ROWS_PER_START * size, START_BYTES // (np.dtype(np.float32).itemsize * dimensions)))
 
 
 def choose_starts(rows: StartRows, size: int, *, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return the numbers of `size` rows that lie far apart, yet where rows are many.
+    """Return the numbers of `size` rows that are spread over all, (size,).
 
     Candidates are drawn in proportion to their squared distance to the starts found already, and those become starts
-    that bring the rows closest to one. A row is chosen twice only where fewer are distinct.
+    that bring the rows closest to one: rows far from the others, where there are many. All are different, unless fewer
+    rows are; then rows drawn evenly fill the places left over.
     """
-    chosen = _draw(np.cumsum(rows.to_host(rows.weights), dtype=np.float64), 1, rng=rng).tolist()
-    nearest = rows.distances(np.array(chosen))[0]
-    while len(chosen) < size:
-        cumulated = np.cumsum(rows.to_host(nearest * rows.weights), dtype=np.float64)
-        if not cumulated[-1] > 0:
-            return np.append(chosen, rng.integers(len(cumulated), size=size - len(chosen)))
-        candidates = np.unique(_draw(cumulated, CANDIDATES, rng=rng))
-        distances = rows.distances(candidates)
-        for _ in range(min(CHOSEN, len(candidates), size - len(chosen))):
-            distances = distances.clip(max=nearest)
-            best = int((distances @ rows.weights).argmin())
-            chosen.append(int(candidates[best]))
-            nearest = distances[best]
+    with single_threaded_products():
+        chosen = _draw(np.cumsum(rows.to_host(rows.weights), dtype=np.float64), 1, rng=rng).tolist()
+        nearest = rows.distances(np.array(chosen))[0]
+        while len(chosen) < size:
+            cumulated = np.cumsum(rows.to_host(nearest * rows.weights), dtype=np.float64)
+            if not cumulated[-1] > 0:
+                return np.append(chosen, rng.integers(len(cumulated), size=size - len(chosen)))
+            candidates = np.unique(_draw(cumulated, CANDIDATES, rng=rng))
+            distances = rows.distances(candidates)
+            for _ in range(min(CHOSEN, len(candidates), size - len(chosen))):
+                distances = distances.clip(max=nearest)
+                best = int((distances @ rows.weights).argmin())
+                if nearest[candidates[best]] == 0:
+                    break  # A start, or the copy of one: no candidate that is left brings any row closer.
+                chosen.append(int(candidates[best]))
+                nearest = distances[best]
     return np.array(chosen)
 
 
 def _draw(cumulated: NDArray[np.float64], count: int, *, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return the numbers of rows drawn in proportion to what the sum rises by at each."""
     drawn = np.searchsorted(cumulated, rng.random(count) * cumulated[-1], side="right")
-    return drawn.clip(max=len(cumulated) - 1)
+    # A draw that rounding has made the whole sum is the last row that adds to it.
+    return drawn.clip(max=np.searchsorted(cumulated, cumulated[-1], side="left"))
 
 
 class HostRows:
@@ -90,18 +102,23 @@ class HostRows:
         self._norms = np.einsum("nd,nd->n", rows, rows)
 
     def distances(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the (m, n) squared distances of m of the rows to all, the same for any number of threads."""
+        """Return the (m, n) float32 squared distances of m of the rows to all, the same for any number of threads."""
         candidates, norms = self.rows[chosen], self._norms[chosen, None]
+        distances = np.empty((len(chosen), len(self.rows)), np.float32)
 
-        def measure(part: slice) -> NDArray[np.float32]:
+        def measure(part: slice) -> None:
             found = candidates @ self.rows[part].T
             found *= -2
             found += self._norms[part]
             found += norms
-            return np.maximum(found, 0, out=found)
+            np.maximum(found, 0, out=distances[:, part])
 
-        return np.concatenate(list(in_order(measure, slices(len(self.rows), SLICE_ROWS))), axis=1)
+        for _ in in_order(measure, slices(len(self.rows), SLICE_ROWS)):
+            pass
+        # Rounding leaves some distance, of which long rows would have the most.
+        distances[np.arange(len(chosen)), chosen] = 0
+        return distances
 
     def to_host(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the values."""
+        """Return the (n,) values."""
         return values

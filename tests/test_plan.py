@@ -77,6 +77,11 @@ def test_predictions_scale_with_rows() -> None:
     assert large.stages[2] == small.stages[2]
 
 
+def test_rows_that_starts_are_chosen_among_are_a_copy() -> None:
+    (stage,) = (one for one in plan_rows(100_000, shape="4096x2").stages if one.title.startswith("Fit codebook 1"))
+    assert stage.memory >= 2 * 100_000 * 1024 * 4
+
+
 def test_a_codebook_of_more_codewords_takes_more() -> None:
     small, large = plan_rows(10_000_000), plan_rows(10_000_000, shape="512x512x512")
     assert large.stages[2].memory > small.stages[2].memory

@@ -1,10 +1,12 @@
 """The contract of the quantizer family: every member, present and future, keeps it under each of its mappings."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import clustered_vectors
 from safetensors.numpy import load_file, save_file
 
 from semids import kmeans
@@ -55,6 +57,20 @@ def trained(request: pytest.FixtureRequest, vectors: np.ndarray, tmp_path_factor
 @pytest.fixture(scope="module")
 def frozen(trained: Any) -> FrozenQuantizer:
     return trained[0].freeze(trained[3])
+
+
+def test_every_level_draws_its_own_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, drawn = residual_kmeans.fit_codebook, [float(np.random.default_rng(5).random())]
+
+    def watched(*given: Any, rng: np.random.Generator, **named: Any) -> kmeans.CodebookFit:
+        drawn.append(float(copy.deepcopy(rng).random()))
+        return fit(*given, rng=rng, **named)
+
+    monkeypatch.setattr(residual_kmeans, "fit_codebook", watched)
+    array = InMemory(clustered_vectors(200, 8), tmp_path)
+    train(residual_kmeans.ResidualKMeans, "nearest", array, np.arange(200), sizes=(8, 8, 8))
+    # The first is what the sample of the rows is drawn by.
+    assert len(drawn) == len(set(drawn)) == 4
 
 
 def test_more_codewords_than_rows_keep_an_error_as_low_as_without_bounds(tmp_path: Path) -> None:

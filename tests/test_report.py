@@ -292,6 +292,8 @@ def test_the_comparison_has_a_row_a_cell_and_the_reason_of_a_failed_one() -> Non
     markdown = render_comparison(rows)
     assert "- 512x512: failed: needs 9 GB \\| has 8" in markdown
     assert "**1 of 2 cells have no report:**" in markdown
+    assert render_comparison(rows, plot="all.png").rstrip().endswith("![Collision rate against relative MSE](all.png)")
+    assert "![" not in markdown
     assert render_comparison([]) == "No cells.\n"
     assert render_comparison(rows[1:]).startswith("**1 of 1 cells")
 

@@ -61,15 +61,36 @@ def test_a_device_chooses_the_same_starts() -> None:
         assert np.array_equal(on_device, on_host)
 
 
-def test_parts_of_the_rows_give_the_same_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_rows_are_chosen_once() -> None:
+    rows = clustered_vectors(4000, 32)
+    # Of these, rounding makes the distance to themselves 1e10 and more, if it is not known to be 0.
+    rows[::200] *= np.float32(1e9)
+    assert len(set(start_among(rows, 128))) == 128
+
+
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_copies_of_starts_are_no_starts(size: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((1040, 16), dtype=np.float32)
+    # Two groups of equal rows so far away that nearly all candidates are of them.
+    rows[1000:1020], rows[1020:] = np.float32(1000), np.float32(-1000)
+    assert len(np.unique(rows[start_among(rows, size)], axis=0)) == size
+
+
+def test_distances_are_those_of_the_rows_in_any_number_of_parts_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = clustered_vectors(3000, 24)
     host = HostRows(rows, np.ones(3000, np.float32))
     numbers = np.arange(0, 3000, 100)
     monkeypatch.setattr(starts, "SLICE_ROWS", 700)
-    found = host.distances(numbers)
-    assert found.shape == (30, 3000)
-    assert found.dtype == np.float32
-    assert np.allclose(found, np.square(rows[numbers, None] - rows).sum(axis=2), atol=1e-4)
+    found: list[NDArray[np.float32]] = []
+    for threads in ("1", "2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        found.append(host.distances(numbers))
+    assert found[0].shape == (30, 3000)
+    assert found[0].dtype == np.float32
+    assert found[0].tobytes() == found[1].tobytes()
+    assert np.allclose(found[0], np.square(rows[numbers, None] - rows).sum(axis=2), atol=1e-4)
+    assert (found[0][np.arange(30), numbers] == 0).all()
 
 
 def test_starts_are_chosen_among_a_bounded_part_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ class _Trainer:
                     residuals.cpu().numpy(),
                     len(codebook),
                     Lloyd(p.kmeans_iters, restarts=1),
-                    rng=np.random.default_rng((self.job.seed, level)),
+                    rng=np.random.default_rng((self.job.seed, 1 + level)),
                     done=lambda steps, level=level: self.told(f"k-means of level {level + 1}", steps, p.kmeans_iters),
                 )
                 codebook.copy_(torch.from_numpy(found.codebook))

@@ -95,7 +95,7 @@ def network_work(sizes: Sequence[int], settings: RqvaeSettings, counts: Counts) 
     for size in set(sizes) if settings.kmeans_init else ():
         rows = min(training_budget(size, settings.e_dim), counts.training)
         fit = lloyd_work(size, settings.e_dim, rows, Lloyd(settings.kmeans_iters, restarts=sizes.count(size)))
-        work += fit + Work(memory=8 * rows * settings.e_dim)
+        work += replace(fit, memory=8 * rows * settings.e_dim + fit.memory)
     # Contents of the training split, those of them that are trained on, and two orders of them, in every process.
     orders = settings.processes * 24 * counts.training
     # Rows on their way, as they are and standardised; what layers make of them, and its gradients; scores.

@@ -21,7 +21,7 @@ from semids.prefixes import assign_level, nearest_quantizer
 from semids.refits import DENSE_CODEWORDS, SUM_BYTES, refit_last
 from semids.residual import CHUNK_ROWS, PART_ROWS, PRODUCT_BYTES, SCORE_BYTES
 from semids.shards import SHARD_ROWS
-from semids.starts import ROWS_PER_START, start_rows
+from semids.starts import CANDIDATES, ROWS_PER_START, start_rows
 from semids.work import Counts, Probe, Work
 
 FLOPS = 1 << 34
@@ -75,7 +75,7 @@ def starting(dimensions: int) -> Probe:
         def run() -> None:
             draw_starts(stepper, rows, PROBE_STARTS, rng=np.random.default_rng(0))
 
-        return run, len(rows) * PROBE_STARTS
+        return run, min(len(rows), start_rows(PROBE_STARTS, dimensions)) * PROBE_STARTS
 
     return Probe(f"starts, {PROBE_STARTS} × {dimensions}", prepare)
 
@@ -191,19 +191,27 @@ def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, lloyd: Ll
     """Return the work of fitting the codebook of a level, from 1."""
     size, d = sizes[level - 1], counts.dimensions
     rows = sample_size(size, counts)
-    sample = _sample_work(level, sizes, counts)
-    fit = lloyd_work(size, d, rows, lloyd) + Work(memory=4 * rows * d, disk=codebook_bytes([size], d))
-    return replace(sample + fit, memory=max(sample.memory, fit.memory))
+    sample, fit = _sample_work(level, sizes, counts), lloyd_work(size, d, rows, lloyd)
+    # What is read and subtracted from is left before starts are chosen.
+    memory = max(sample.memory, 4 * rows * d + fit.memory)
+    return replace(sample + fit, memory=memory, disk=codebook_bytes([size], d))
 
 
 def lloyd_work(size: int, dimensions: int, rows: int, lloyd: Lloyd) -> Work:
-    """Return the work of fitting `size` codewords to so many rows, those left out."""
+    """Return the work of fitting `size` codewords to so many rows; the memory of the rows themselves is left out.
+
+    Args:
+        size: K, number of codewords.
+        dimensions: d, of a row.
+        lloyd: how many steps and starts.
+    """
     seen = min(rows, start_rows(size, dimensions))
     units = {
         starting(dimensions): lloyd.restarts * seen * size,
         fitting(size, dimensions): lloyd.restarts * lloyd.iterations * rows * size,
     }
-    return Work(units, memory=4 * seen * dimensions)
+    # A copy of the rows that are chosen among, and distances to candidates: new ones, lowered ones, those before.
+    return Work(units, memory=4 * seen * (dimensions + 3 * CANDIDATES))
 
 
 def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: int, coarse: int, largest: int) -> Work:

@@ -104,7 +104,7 @@ class ResidualKMeans(Quantizer):
             sample.residuals,
             size,
             Lloyd(self.settings.iterations, self.settings.restarts),
-            rng=np.random.default_rng((self.seed, len(levels))),
+            rng=np.random.default_rng((self.seed, 1 + len(levels))),
             weights=sample.weights,
             done=lambda taken: progress(step.title, taken, steps, "Lloyd steps"),
         )

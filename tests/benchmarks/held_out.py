@@ -80,7 +80,7 @@ def measure(path: Path, folder: Path) -> dict[str, Any]:
     for name, part in (("train", vectors[:kept]), ("later", vectors[kept:])):
         np.save(folder / f"{name}.npy", part)
     sizes = parse_shape(SHAPE)
-    sets = [f"options.residual_kmeans.{name}={value}" for name, value in (("restarts", 1), ("iterations", 10))]
+    sets = ["options.residual_kmeans.iterations=10"]
     options = [part for value in sets for part in ("--set", value)]
     run(
         "tokenize", folder / "train.npy", "--shape", SHAPE, "--mapping", "capacity", *options, "--out", folder / "train"

@@ -43,7 +43,7 @@ def mapped_shape(contents: int) -> str:
 
 def arguments(vectors: Path, shape: str, mapping: str, out: Path) -> list[str]:
     """Return the command line of a run with little training."""
-    few = [f"options.residual_kmeans.{name}={value}" for name, value in (("restarts", 1), ("iterations", 5))]
+    few = ["options.residual_kmeans.iterations=5"]
     sets = [part for value in few for part in ("--set", value)]
     return [
         "-m",
