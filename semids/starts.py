@@ -52,7 +52,7 @@ def draw_start_rows(rows: int, size: int, dimensions: int, *, rng: np.random.Gen
 
 
 def start_rows(size: int, dimensions: int) -> int:
-    """Return among how many rows, if there are enough, the starts of `size` codewords of so many dimensions are chosen."""
+    """Return how many rows of so many dimensions `size` starts are chosen among, where there are that many."""
     return max(size, min(ROWS_PER_START * size, START_BYTES // (np.dtype(np.float32).itemsize * dimensions)))
 
 
