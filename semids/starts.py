@@ -38,19 +38,6 @@ class StartRows(Protocol):
         ...
 
 
-def draw_start_rows(rows: int, size: int, dimensions: int, *, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return the numbers of the rows that starts are chosen among: different, ascending, (min(rows, start_rows),).
-
-    Args:
-        rows: how many there are.
-        size: K, number of codewords.
-        dimensions: d, of a row.
-        rng: draws them.
-    """
-    count = min(rows, start_rows(size, dimensions))
-    return np.arange(rows) if count == rows else np.sort(rng.choice(rows, count, replace=False, shuffle=False))
-
-
 def start_rows(size: int, dimensions: int) -> int:
     """Return how many rows of so many dimensions `size` starts are chosen among, where there are that many."""
     return max(size, min(ROWS_PER_START * size, START_BYTES // (np.dtype(np.float32).itemsize * dimensions)))

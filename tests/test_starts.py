@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from semids import starts
 from semids.device import DeviceLloyd
 from semids.kmeans import draw_starts, lloyd_stepper
-from semids.starts import HostRows, choose_starts, draw_start_rows
+from semids.starts import HostRows, choose_starts
 
 
 def start_among(rows: NDArray[np.float32], size: int, *, seed: int = 0) -> NDArray[np.int64]:
@@ -94,11 +94,19 @@ def test_distances_are_those_of_the_rows_in_any_number_of_parts_and_threads(monk
 
 
 def test_starts_are_chosen_among_a_bounded_part_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    part = draw_start_rows(100_000, 64, 16, rng=rng)
-    assert len(part) == 32 * 64
-    assert np.array_equal(part, np.unique(part))
-    assert np.array_equal(draw_start_rows(500, 64, 16, rng=rng), np.arange(500))
-    monkeypatch.setattr(starts, "START_BYTES", 1000 * 16 * 4)
-    assert len(draw_start_rows(100_000, 64, 16, rng=rng)) == 1000
-    assert len(draw_start_rows(100_000, 2000, 16, rng=rng)) == 2000
+    rows, seen = clustered_vectors(3000, 16), []
+    stepper = lloyd_stepper(rows, 8)
+    select = stepper.select
+
+    def watched(numbers: NDArray[np.int64]) -> starts.StartRows:
+        seen.append(numbers)
+        return select(numbers)
+
+    monkeypatch.setattr(stepper, "select", watched)
+    chosen = draw_starts(stepper, rows, 8, rng=np.random.default_rng(0))
+    assert len(np.unique(seen[0])) == len(seen[0]) == 32 * 8
+    assert set(chosen) <= set(seen[0])
+    monkeypatch.setattr(starts, "START_BYTES", 100 * 16 * 4)
+    for size, among in ((8, 100), (200, 200)):
+        draw_starts(stepper, rows, size, rng=np.random.default_rng(0))
+        assert len(seen[-1]) == among

@@ -12,8 +12,9 @@ from semids.calibration import draw_rows, reading, taking, writing
 from semids.kmeans import Lloyd, training_budget
 from semids.network import CHUNK_ROWS, Network
 from semids.parallel import thread_count
+from semids.quantizers._lloyd_work import lloyd_work
 from semids.quantizers._rqvae_memory import decoder_device_bytes, training_device_bytes
-from semids.quantizers._work import HEADER_BYTES, codebook_bytes, encoding_work, lloyd_work
+from semids.quantizers._work import HEADER_BYTES, codebook_bytes, encoding_work
 from semids.shards import SHARD_ROWS, ShardLayout
 from semids.work import Counts, Probe, Work
 

@@ -15,19 +15,15 @@ from semids.balance import NEWTON_CODEWORDS, SINKHORN_STEPS_PER_NEWTON_STEP, fit
 from semids.blocks import BLOCK_BYTES, READ_ROWS
 from semids.calibration import PROBE_ENTRIES, draw_rows, reading, taking
 from semids.capacity import COST_BYTES, ROWS_PER_CHILD, Bounds, Loads, cheapest_children
-from semids.kmeans import Lloyd, draw_starts, lloyd_stepper, training_budget
+from semids.kmeans import Lloyd, training_budget
 from semids.parallel import AHEAD, thread_count
 from semids.prefixes import assign_level, nearest_quantizer
+from semids.quantizers._lloyd_work import lloyd_work
 from semids.refits import DENSE_CODEWORDS, SUM_BYTES, refit_last
 from semids.residual import CHUNK_ROWS, PART_ROWS, PRODUCT_BYTES, SCORE_BYTES
 from semids.shards import SHARD_ROWS
-from semids.starts import CANDIDATES, ROWS_PER_START, start_rows
 from semids.work import Counts, Probe, Work
 
-FLOPS = 1 << 34
-"""Multiplications and additions of a probe at most: a third of a second of one core."""
-PROBE_STARTS = 128
-"""Codewords that a probe chooses starts of."""
 SMALL_CODEBOOK = 512
 """Largest codebook whose curvature a probe forms."""
 EXPONENTIALS = 128
@@ -51,33 +47,6 @@ THREAD_BYTES = 80_000_000
 """Freed memory that a thread which assigns prefixes keeps at hand."""
 HEADER_BYTES = 160
 """Of a tensor in a file."""
-
-
-def fitting(size: int, dimensions: int) -> Probe:
-    """Row × codeword products of one Lloyd step."""
-    codewords = max(2, min(size, PROBE_ENTRIES // dimensions))
-
-    def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
-        rows = draw_rows(max(4 * codewords + 1, min(16_384, FLOPS // (2 * codewords * dimensions))), dimensions)
-        stepper = lloyd_stepper(rows, codewords)
-        return lambda: stepper.step(rows[:codewords]), len(rows) * codewords
-
-    return Probe(f"Lloyd step, {codewords} × {dimensions}", prepare)
-
-
-def starting(dimensions: int) -> Probe:
-    """Rows that starts are chosen among, times codewords."""
-
-    def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
-        rows = draw_rows(PROBE_STARTS * ROWS_PER_START, dimensions)
-        stepper = lloyd_stepper(rows, PROBE_STARTS)
-
-        def run() -> None:
-            draw_starts(stepper, rows, PROBE_STARTS, rng=np.random.default_rng(0))
-
-        return run, min(len(rows), start_rows(PROBE_STARTS, dimensions)) * PROBE_STARTS
-
-    return Probe(f"starts, {PROBE_STARTS} × {dimensions}", prepare)
 
 
 def encoding(sizes: Sequence[int], dimensions: int, itemsize: int) -> Probe:
@@ -195,23 +164,6 @@ def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, lloyd: Ll
     # What is read and subtracted from is left before starts are chosen.
     memory = max(sample.memory, 4 * rows * d + fit.memory)
     return replace(sample + fit, memory=memory, disk=codebook_bytes([size], d))
-
-
-def lloyd_work(size: int, dimensions: int, rows: int, lloyd: Lloyd) -> Work:
-    """Return the work of fitting `size` codewords to so many rows; the memory of the rows themselves is left out.
-
-    Args:
-        size: K, number of codewords.
-        dimensions: d, of a row.
-        lloyd: how many steps and starts.
-    """
-    seen = min(rows, start_rows(size, dimensions))
-    units = {
-        starting(dimensions): lloyd.restarts * seen * size,
-        fitting(size, dimensions): lloyd.restarts * lloyd.iterations * rows * size,
-    }
-    # A copy of the rows that are chosen among, and distances to candidates: new ones, lowered ones, those before.
-    return Work(units, memory=4 * seen * (dimensions + 3 * CANDIDATES))
 
 
 def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: int, coarse: int, largest: int) -> Work:
