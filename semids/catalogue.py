@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from semids.errors import UsageError
-from semids.readers import BATCH_ROWS, Columns, find_files, open_parquet, read_batches, read_kinds, reading
+from semids.readers import BATCH_ROWS, Columns, find_files, read_batches, read_kinds
 from semids.settings import OptionalText, Settings
 from semids.store import digest_file
 
@@ -163,27 +163,18 @@ class Catalogue:
         """Size of all files on disk, in bytes."""
         return sum(path.stat().st_size for path in self.files)
 
-    def count_rows(self) -> int | None:
-        """Return the number of rows where a Parquet file's own footer tells, else None."""
-        if self.format != "Parquet":
-            return None
-        rows = 0
-        for path in self.files:
-            with reading(path), open_parquet(path) as file:
-                rows += file.metadata.num_rows
-        return rows
-
-    def batches(self, *, max_rows: int = BATCH_ROWS) -> Iterator[tuple[int, Columns]]:
-        """Yield (first row, columns) over all files but .npy ones: every column in use except vectors."""
+    def batches(self, *, max_rows: int = BATCH_ROWS) -> Iterator[tuple[int, Columns, int]]:
+        """Yield (first row, columns, bytes read so far) over all files but .npy ones: columns in use except vectors."""
         settings = self.settings
         texts = self.template.columns if self.template else (self.text_column,)
         groups = (settings.split_column, settings.brand_column, settings.category_column)
         names = tuple(dict.fromkeys(name for name in (settings.id_column, *texts, *groups) if name))
-        row = 0
+        row = before = 0
         for path in self.files:
-            for columns in read_batches(path, self.format, names, max_rows=max_rows):
-                yield row, columns
+            for columns, done in read_batches(path, self.format, names, max_rows=max_rows):
+                yield row, columns, before + done
                 row += len(columns[settings.id_column])
+            before += path.stat().st_size
 
 
 def open_catalogue(settings: CatalogueSettings) -> Catalogue:

@@ -97,9 +97,8 @@ def scan_texts(settings: CatalogueSettings, output: StageOutput) -> dict[str, An
 
 
 def _read(catalogue: Catalogue, intake: Intake, buckets: Buckets, output: StageOutput) -> None:
-    total = catalogue.count_rows()
-    done = 0
-    for first_row, columns in catalogue.batches():
+    total = catalogue.input_bytes
+    for first_row, columns, done in catalogue.batches():
         texts = _render(catalogue, columns)
         faults: list[str | None] = []
         digests: list[bytes] = []
@@ -113,10 +112,8 @@ def _read(catalogue: Catalogue, intake: Intake, buckets: Buckets, output: StageO
         if usable.places:
             kept = [digests[place] for place in usable.places]
             buckets.add(usable.first, kept, usable.splits, [texts[place] for place in usable.places])
-        done = first_row + len(texts)
-        output.progress("read catalogue", done, total, "items")
-    if total is None:
-        output.progress("read catalogue", done, done, "items")
+        output.progress("read catalogue", min(done, total - 1), total, "bytes")
+    output.progress("read catalogue", total, total, "bytes")
 
 
 def _render(catalogue: Catalogue, columns: Columns) -> list[str]:

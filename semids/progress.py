@@ -8,14 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-Progress = Callable[[str, int, int | None, str], None]
+Progress = Callable[[str, int, int, str], None]
 """Called as progress(step, done, total, unit), for example ("embed texts", 65536, 1403098, "texts").
 
-`done` never falls within a step; done == total ends it; total is None while it is unknown.
+`done` never falls within a step; done == total ends it.
 """
 
 
-def silent(step: str, done: int, total: int | None, unit: str) -> None:
+def silent(step: str, done: int, total: int, unit: str) -> None:
     """Listen to nothing."""
 
 
@@ -25,13 +25,13 @@ class TerminalProgress:
     def __init__(self) -> None:
         self._bars: dict[str, tqdm[Any]] = {}
 
-    def __call__(self, step: str, done: int, total: int | None, unit: str) -> None:
+    def __call__(self, step: str, done: int, total: int, unit: str) -> None:
         if not sys.stderr.isatty():
             return
         bar = self._bars.get(step)
         if bar is None:
             bar = self._bars[step] = tqdm(desc=step, total=total, unit=f" {unit}", unit_scale=True)
         bar.update(done - bar.n)
-        if total is not None and done >= total:
+        if done >= total:
             bar.close()
             del self._bars[step]

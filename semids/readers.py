@@ -117,14 +117,16 @@ def read_kinds(path: Path, file_format: str) -> dict[str, str]:
                 schema = file.schema_arrow
             names, kinds = list(schema.names), [_kind_of_type(column.type) for column in schema]
         elif file_format == "CSV":
-            with _open_csv(path) as rows:
+            with pa.OSFile(str(path)) as file, _open_csv(path, file) as rows:
                 names = next(rows, [])
             if not names:
                 raise DataError(f"{path} is empty: expected a first line that names the columns")
             kinds = ["string"] * len(names)
         else:
             found: dict[str, str] = {}
-            for _, record, _ in itertools.islice(_records(path), PEEKED_LINES):
+            with pa.OSFile(str(path)) as file:
+                records = [record for _, record, _ in itertools.islice(_records(path, file), PEEKED_LINES)]
+            for record in records:
                 for name, value in record.items():
                     if found.get(name, "unknown") == "unknown":
                         found[name] = _kind_of_value(value)
@@ -161,21 +163,28 @@ def _kind_of_value(value: Any) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
-def read_batches(path: Path, file_format: str, columns: Sequence[str], *, max_rows: int) -> Iterator[Columns]:
+def read_batches(
+    path: Path, file_format: str, columns: Sequence[str], *, max_rows: int
+) -> Iterator[tuple[Columns, int]]:
     """Yield the named columns of a Parquet, JSONL or CSV file in order, about 32 MiB or `max_rows` rows at a time.
 
-    Missing values are None; in CSV, where nothing else can say so, an empty field is one.
+    Missing values are None; in CSV, where nothing else can say so, an empty field is one. Beside each batch stands how
+    many bytes of the file have been read, about: buffers are ahead of the rows.
 
     Raises:
         StorageError: the file system refused.
         DataError: the file is damaged or cut off. Names the file, and the line where there is one.
     """
     with reading(path):
+        size = path.stat().st_size
         if file_format == "Parquet":
-            yield from _parquet_batches(path, columns, max_rows)
+            yield from _parquet_batches(path, size, columns, max_rows)
         else:
-            rows = _csv_rows(path, columns) if file_format == "CSV" else _jsonl_rows(path, columns)
-            yield from _gather(rows, columns, max_rows)
+            with pa.OSFile(str(path)) as file:
+                rows = _csv_rows(path, file, columns) if file_format == "CSV" else _jsonl_rows(path, file, columns)
+                for gathered in _gather(rows, columns, max_rows):
+                    # It is closed with its last row.
+                    yield gathered, size if file.closed else file.tell()
 
 
 def open_parquet(path: Path) -> Any:
@@ -183,14 +192,16 @@ def open_parquet(path: Path) -> Any:
     return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
-def _parquet_batches(path: Path, columns: Sequence[str], max_rows: int) -> Iterator[Columns]:
+def _parquet_batches(path: Path, size: int, columns: Sequence[str], max_rows: int) -> Iterator[tuple[Columns, int]]:
     with open_parquet(path) as file:
         metadata = file.metadata
         in_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
         row_bytes = max(1, in_bytes // max(1, metadata.num_rows))
         rows = max(1, min(max_rows, BATCH_BYTES // row_bytes))
+        done = 0
         for batch in file.iter_batches(batch_size=rows, columns=list(columns)):
-            yield {name: batch.column(name).to_pylist() for name in columns}
+            done += batch.num_rows
+            yield {name: batch.column(name).to_pylist() for name in columns}, size * done // metadata.num_rows
 
 
 def _gather(rows: Iterator[tuple[list[Any], int]], columns: Sequence[str], max_rows: int) -> Iterator[Columns]:
@@ -206,16 +217,17 @@ def _gather(rows: Iterator[tuple[list[Any], int]], columns: Sequence[str], max_r
         yield dict(zip(columns, map(list, zip(*gathered, strict=True)), strict=True))
 
 
-def _open_stream(path: Path) -> io.BufferedReader:
+def _open_stream(path: Path, file: pa.NativeFile) -> io.BufferedReader:
+    """Return the text of an open file, whose compression its name tells."""
     compression = COMPRESSIONS.get(path.suffix.lower())
-    if compression and path.stat().st_size == 0:
+    if compression and file.size() == 0:
         raise EOFError(f"0 bytes are no {compression} stream")
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
+    return io.BufferedReader(pa.CompressedInputStream(file, compression) if compression else file, 1 << 20)
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
+def _records(path: Path, file: pa.NativeFile) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Yield (line number, object, length in bytes) of each line of a JSONL file that is not blank."""
-    with _open_stream(path) as stream:
+    with _open_stream(path, file) as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -236,8 +248,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
             yield number, record, len(line)
 
 
-def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[list[Any], int]]:
-    for number, record, length in _records(path):
+def _jsonl_rows(path: Path, file: pa.NativeFile, columns: Sequence[str]) -> Iterator[tuple[list[Any], int]]:
+    for number, record, length in _records(path, file):
         values = [record.get(name) for name in columns]
         for name, value in zip(columns, values, strict=True):
             if isinstance(value, list | dict):
@@ -249,15 +261,15 @@ def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[list[Any],
 
 
 @contextlib.contextmanager
-def _open_csv(path: Path) -> Generator[Any]:
+def _open_csv(path: Path, file: pa.NativeFile) -> Generator[Any]:
     csv.field_size_limit(LONGEST_CSV_FIELD)
-    with io.TextIOWrapper(_open_stream(path), encoding="utf-8-sig", newline="") as text:
+    with io.TextIOWrapper(_open_stream(path, file), encoding="utf-8-sig", newline="") as text:
         # strict: otherwise a quote that is never closed swallows the rest of the file without a word.
         yield csv.reader(text, strict=True)
 
 
-def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[list[Any], int]]:
-    with _open_csv(path) as rows:
+def _csv_rows(path: Path, file: pa.NativeFile, columns: Sequence[str]) -> Iterator[tuple[list[Any], int]]:
+    with _open_csv(path, file) as rows:
         header = next(rows)
         places = [header.index(name) for name in columns]
         try:

@@ -128,6 +128,7 @@ def compare(config: CommonConfig, cells: Iterable[Report | FailedCell]) -> Compa
     } | ({"comparison.png": plot} if plot else {})
     folder = results_folder(config)
     show_files(folder, files)
+    copy_results(config, folder)
     return Comparison(rows, plot, folder / "comparison.md")
 
 

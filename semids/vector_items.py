@@ -258,7 +258,7 @@ def scan_vectors(settings: CatalogueSettings, output: StageOutput) -> dict[str, 
 
 def _id_batches(catalogue: Catalogue, rows: int, block_rows: int) -> Iterator[tuple[int, Columns]]:
     if catalogue.format != "npy":
-        yield from catalogue.batches(max_rows=block_rows)
+        yield from ((first_row, columns) for first_row, columns, _ in catalogue.batches(max_rows=block_rows))
         return
     for start in range(0, rows, block_rows):
         yield start, {catalogue.settings.id_column: list(range(start, min(start + block_rows, rows)))}

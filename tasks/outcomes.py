@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from semids.reporting import read_report
 from semids.stages import Ref
 from semids.store import run_lock
 from tasks.cluster import check_cluster
+from tasks.tracking import told_losses
 
 
 class CellOutcome(BaseModel):
@@ -43,14 +44,16 @@ class CellOutcome(BaseModel):
         return results.CellRefs(self.model, self.ids, self.report)
 
 
-def own_run_folder(config: CommonConfig | EncodeConfig) -> AbstractContextManager[None]:
+@contextmanager
+def own_run_folder(config: CommonConfig | EncodeConfig) -> Generator[None]:
     """Own the run folder for as long as the context lasts; a second owner is refused by name.
 
     Raises:
         UsageError: the configuration names a Ray cluster, and what speaks to it is not installed.
     """
     check_cluster(config)
-    return run_lock(Path(config.out))
+    with run_lock(Path(config.out)), told_losses():
+        yield
 
 
 def collect(

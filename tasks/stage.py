@@ -97,28 +97,24 @@ RETRIES: dict[str, Any] = {
 
 
 class ProgressArtifact:
-    """Shows a long step as a progress bar in the dashboard, with its rate in the logs; short steps leave no trace.
-
-    A step whose end is not known, such as reading a file without a count of its rows, is in the logs alone.
-    """
+    """Shows a long step as a progress bar in the dashboard, with its rate in the logs; short steps leave no trace."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._started = self._updated = time.monotonic()
         self._artifact: UUID | None = None
 
-    def __call__(self, step: str, done: int, total: int | None, unit: str) -> None:
+    def __call__(self, step: str, done: int, total: int, unit: str) -> None:
         """Take a report; see `semids.progress.Progress`."""
         now = time.monotonic()
         if now - self._started < FIRST_PROGRESS_SECONDS:
             return
-        if now - self._updated < PROGRESS_EVERY_SECONDS and (total is None or done < total):
+        if now - self._updated < PROGRESS_EVERY_SECONDS and done < total:
             return
         self._updated = now
-        of_all = f"{done:,} of {total:,}" if total is not None else f"{done:,}"
-        description = f"{self._title}: {of_all} {unit}, {done / (now - self._started):,.0f} a second"
-        if total is not None:
-            prefer_tracked(lambda: self._show(100.0 * done / max(total, 1), description), lambda: None)
+        rate = done / (now - self._started)
+        description = f"{self._title}: {done:,} of {total:,} {unit}, {rate:,.0f} a second"
+        prefer_tracked(lambda: self._show(100.0 * done / max(total, 1), description), lambda: None)
         get_run_logger().info(description)
 
     def _show(self, percent: float, description: str) -> None:

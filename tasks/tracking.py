@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 _looked: dict[str, float] = {}
 """When servers that stopped answering were last looked at, by their addresses."""
+_lost: set[str] = set()
+"""Servers that stopped answering since the run began, those that answer again among them."""
 
 
 def prefer_tracked(tracked: Callable[[], T], untracked: Callable[[], T]) -> T:
@@ -47,6 +49,24 @@ def prefer_tracked(tracked: Callable[[], T], untracked: Callable[[], T]) -> T:
             )
             _go_quiet(address)
     return untracked()
+
+
+@contextmanager
+def told_losses() -> Generator[None]:
+    """Say at the end of a run what its page lacks, if the server stopped answering on the way.
+
+    Whoever started the run reads it: in the shell, or in what its worker says.
+    """
+    _lost.clear()
+    try:
+        yield
+    finally:
+        if _lost:
+            get_run_logger().warning(
+                "The Prefect server did not answer for a part of this run: states, logs and artifacts of that part are "
+                "missing from its page. Results do not need it; the same run again shows what is done without "
+                "computing it again"
+            )
 
 
 def is_loss(error: BaseException) -> bool:
@@ -123,6 +143,7 @@ def _is_lost(address: str) -> bool:
 def _go_quiet(address: str) -> None:
     """Drop events and logs for a server that does not answer: each would be tried for seconds, at the end as well."""
     _looked[address] = time.monotonic()
+    _lost.add(address)
     EventsWorker.set_client_override(NullEventsClient)
     for handler in _log_handlers():
         handler.addFilter(_is_heard)

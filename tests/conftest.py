@@ -97,3 +97,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def changed(checkpoints: dict[str, str], tmp_path: Path) -> Callable[[str], Path]:
     """Return a function that copies a checkpoint, for a test to spoil."""
     return lambda name: Path(shutil.copytree(checkpoints[name], tmp_path / name))
+
+
+@pytest.fixture(scope="module")
+def prefect_storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Prefect server for the module, which takes ten seconds to start, and the folder in which it keeps results."""
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    folder = tmp_path_factory.mktemp("results")
+    with prefect_test_harness(server_startup_timeout=180), temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder}):
+        yield folder
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> dict[str, str]:
+    """The catalogue of a configuration: 400 vectors in a file."""
+    np.save(tmp_path / "vectors.npy", clustered_vectors(400, 16))
+    return {"path": str(tmp_path / "vectors.npy")}

@@ -373,7 +373,7 @@ def test_a_file_the_system_will_not_read_is_a_storage_error(scan, tmp_path, monk
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(readers.pa, "input_stream", refuse)
+    monkeypatch.setattr(readers.pa, "OSFile", refuse)
     with pytest.raises(StorageError, match=r"cannot read .*items\.jsonl: Permission denied"):
         scan(path)
 

@@ -121,7 +121,7 @@ def test_embedding_before_loading_is_refused(checkpoints: dict[str, str]) -> Non
 
 
 def test_progress_rises_to_the_number_of_texts(checkpoints: dict[str, str]) -> None:
-    heard: list[tuple[str, int, int | None, str]] = []
+    heard: list[tuple[str, int, int, str]] = []
     loaded(checkpoints["bert"], batch_tokens=64).embed(TEXTS, lambda *event: heard.append(event))
     done = [event[1] for event in heard]
     assert done == sorted(done)

@@ -1,38 +1,24 @@
-"""The flows on a real, temporary Prefect server: artifacts, caching, retries, failing cells."""
+"""The flows on a real, temporary Prefect server: artifacts, caching, retries, failing cells, object stores."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import polars as pl
 import pytest
-from conftest import clustered_vectors
+from flow_runs import artifacts_of, build_config, cells_of, snapshot, task_states
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    ArtifactFilterType,
-    FlowRunFilter,
-    FlowRunFilterParentFlowRunId,
-)
-from prefect.events.clients import AssertingEventsClient
-from prefect.events.worker import EventsWorker
-from prefect.logging import disable_run_logger
-from prefect.results import ResultRecord
-from prefect.serializers import PickleSerializer
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
-from deployments.automations import FLOWS, SILENCE, alarm_on_collisions
+from deployments.automations import FLOWS, SILENCE
 from flows.build import build
 from flows.cell import cell
 from flows.encode_new_items import encode_new_items
@@ -41,65 +27,13 @@ from semids import store
 from semids.config import BuildConfig, EncodeConfig, SweepConfig
 from semids.errors import UsageError
 from semids.quantizers import _rqvae_train
-from semids.reporting import read_report
 from semids.results import results_folder
-from semids.stages import StageReader
 from semids.store import run_lock
 from tasks import stage
-from tasks.artifacts import NEEDLESS_COLLISIONS, TOO_MANY_COLLISIONS, raise_alarms
 from tasks.outcomes import print_outcome
 from tasks.parameters import start
 
-# One server for the module: starting one takes ten seconds and more.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A server for the module, and the folder in which Prefect keeps results."""
-    folder = tmp_path_factory.mktemp("results")
-    with prefect_test_harness(server_startup_timeout=180), temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder}):
-        yield folder
-
-
-@pytest.fixture
-def catalogue(tmp_path: Path) -> dict[str, str]:
-    np.save(tmp_path / "vectors.npy", clustered_vectors(400, 16))
-    return {"path": str(tmp_path / "vectors.npy")}
-
-
-def build_config(catalogue: dict[str, str], tmp_path: Path, **changes: Any) -> BuildConfig:
-    values: dict[str, Any] = {"catalogue": catalogue, "shape": "8x8x8", "out": str(tmp_path / "run")}
-    return BuildConfig(**(values | changes))
-
-
-def artifacts_of(run_ids: list[Any]) -> dict[str, Any]:
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(
-            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=run_ids)), limit=200
-        )
-    return {artifact.key: artifact for artifact in found if artifact.key}
-
-
-def cells_of(state: Any) -> list[Any]:
-    """Return the ids of the flow runs of a sweep's cells."""
-    parent = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[state.state_details.flow_run_id]))
-    with get_client(sync_client=True) as client:
-        return [run.id for run in client.read_flow_runs(flow_run_filter=parent)]
-
-
-def task_states(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Return (task, how its run ended), in order, since the log was last cleared; the server's own list lags."""
-    return [
-        (record.task_run_name, record.getMessage().removeprefix("Finished in state ").split("(")[0])
-        for record in caplog.records
-        if hasattr(record, "task_run_name") and record.getMessage().startswith("Finished in state")
-    ]
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    files = [path for path in folder.rglob("*") if path.is_file() and ".lock" not in str(path)]
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect"), pytest.mark.usefixtures("prefect_storage")]
 
 
 def test_a_build_leaves_ids_and_artifacts_and_a_second_one_changes_no_file(
@@ -265,6 +199,73 @@ def test_an_io_error_is_retried_and_bad_data_is_not(
     assert not [record for record in caplog.records if "Retry 1/" in record.getMessage()]
 
 
+def test_showing_a_cell_is_tried_again_after_an_io_error(
+    catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guard: the retries of `tasks.artifacts.publish`."""
+    calls: list[Path] = []
+    symlink_to = Path.symlink_to
+
+    def fail_once(link: Path, target: str) -> None:
+        calls.append(link)
+        if len(calls) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        symlink_to(link, target)
+
+    monkeypatch.setattr(Path, "symlink_to", fail_once)
+    config = build_config(catalogue, tmp_path)
+    assert build(config, return_state=True).is_completed()
+    assert len(calls) > 3
+    retries = [record.task_run_name for record in caplog.records if "Retry 1/" in record.getMessage()]
+    assert retries == [f"publish {config.label}"]
+    shown = results_folder(config) / config.label
+    assert {"semantic_ids.parquet", "report.md", "model"} <= {path.name for path in shown.iterdir() if path.exists()}
+
+
+def test_inputs_come_from_a_store_and_results_go_there(catalogue: dict[str, str], tmp_path: Path) -> None:
+    """By fsspec's store in memory: `tests/test_remote.py` speaks S3 with a server."""
+    shop = fsspec.filesystem("memory")
+    for name, rows in (("vectors", slice(None)), ("later", slice(50))):
+        with shop.open(f"/shop/{name}.npy", "wb") as file:
+            np.save(file, np.load(catalogue["path"])[rows])
+    config = SweepConfig(
+        catalogue=catalogue | {"path": "memory://shop/vectors.npy"},
+        shapes=["8x8"],
+        mappings=["nearest"],
+        out=str(tmp_path / "run"),
+        copy_to="memory://ids/today",
+    )
+    assert sweep(config, return_state=True).is_completed()
+    shown = results_folder(config)
+    copied = "/ids/today/vectors"
+    for name in ("comparison.md", "comparison.json", "8x8-nearest-residual-kmeans/semantic_ids.parquet"):
+        assert shop.cat_file(f"{copied}/{name}") == (shown / name).read_bytes()
+    encoding = EncodeConfig(
+        new_items="memory://shop/later.npy",
+        model=str(shown / "8x8-nearest-residual-kmeans" / "model"),
+        out=str(tmp_path / "encoded"),
+        copy_to="memory://ids/later",
+    )
+    outcome = encode_new_items(encoding)
+    given = (Path(outcome.ids.path) / "semantic_ids.parquet").read_bytes()
+    assert shop.cat_file("/ids/later/later/8x8-nearest-residual-kmeans/semantic_ids.parquet") == given
+
+
+def test_new_items_are_not_copied_to_a_folder_in_use(tmp_path: Path) -> None:
+    """Guard: `own_run_folder` before `fetch_new_items` in the flow."""
+    (tmp_path / "model").mkdir()
+    encoding = EncodeConfig(new_items="memory://shop/x.npy", model=str(tmp_path / "model"), out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with run_lock(tmp_path / "out"):
+        child = os.fork()
+        if child == 0:
+            store._held_locks.clear()
+            state = encode_new_items(encoding, return_state=True)
+            message = str(state.result(raise_on_failure=False))
+            os._exit(0 if state.is_failed() and f"process {os.getppid()}" in message else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_new_items_get_the_ids_of_a_build_and_a_page_of_their_own(catalogue: dict[str, str], tmp_path: Path) -> None:
     config = build_config(catalogue, tmp_path, mapping="capacity")
     ids = pl.read_parquet(Path(build(config).ids.path) / "semantic_ids.parquet")
@@ -302,40 +303,6 @@ def test_runs_from_a_shell_send_the_heartbeats_that_the_automation_waits_for(
     assert {flow.name for flow in (build, sweep, cell, encode_new_items)} == set(FLOWS)
 
 
-@pytest.fixture
-def emitted() -> Iterator[Callable[[], dict[str, Any]]]:
-    """What was emitted since: payloads by the name of the event."""
-    EventsWorker.drain_all()
-    EventsWorker.set_client_override(AssertingEventsClient)
-    AssertingEventsClient.reset()
-
-    def events() -> dict[str, Any]:
-        EventsWorker.drain_all()
-        return {event.event: event.payload for client in AssertingEventsClient.all for event in client.events}
-
-    yield events
-    EventsWorker.drain_all()
-    EventsWorker.set_client_override(None)
-
-
-def test_needless_collisions_under_capacity_raise_an_alarm_unless_a_frozen_model_made_them(
-    catalogue: dict[str, str], tmp_path: Path, emitted: Callable[[], dict[str, Any]]
-) -> None:
-    config = build_config(catalogue, tmp_path, mapping="capacity")
-    report = read_report(build(config).report)
-    with disable_run_logger():
-        raise_alarms(config, report)
-        assert not {NEEDLESS_COLLISIONS, TOO_MANY_COLLISIONS} & set(emitted())
-        ids = replace(report.overall.ids, excess_collisions=3)
-        needless = replace(report, overall=replace(report.overall, ids=ids))
-        raise_alarms(config, needless, encoded=True)
-        raise_alarms(build_config(catalogue, tmp_path), needless)
-        assert NEEDLESS_COLLISIONS not in emitted()
-        raise_alarms(config, needless)
-    assert emitted()[NEEDLESS_COLLISIONS]["excess_collisions"] == 3
-    assert alarm_on_collisions(None).trigger.expect == {NEEDLESS_COLLISIONS, TOO_MANY_COLLISIONS}
-
-
 def test_a_folder_in_use_by_another_process_is_refused(catalogue: dict[str, str], tmp_path: Path) -> None:
     config = build_config(catalogue, tmp_path)
     with run_lock(Path(config.out)):
@@ -346,89 +313,6 @@ def test_a_folder_in_use_by_another_process_is_refused(catalogue: dict[str, str]
             message = str(state.result(raise_on_failure=False))
             os._exit(0 if state.is_failed() and f"process {os.getppid()}" in message else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_results_and_errors_are_stored_as_json_and_never_as_pickle(
-    catalogue: dict[str, str], tmp_path: Path, storage: Path
-) -> None:
-    outcome = build(build_config(catalogue, tmp_path))
-    assert build(build_config(catalogue, tmp_path, shape="512x8"), return_state=True).is_failed()
-    stored = [json.loads(path.read_text()) for path in storage.rglob("*") if path.is_file()]
-    kept = [body["metadata"]["serializer"]["type"] for body in stored if "metadata" in body]
-    assert kept
-    assert set(kept) == {"json"}
-    assert StageReader(outcome.report.path).summary["title"] == outcome.label
-
-
-class Explosive:
-    """Leaves a folder where it is unpickled."""
-
-    def __init__(self, mark: str) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.mark,)
-
-
-def pickled_record(mark: Path) -> dict[str, Any]:
-    return {
-        "metadata": {"serializer": {"type": "pickle"}},
-        "result": PickleSerializer().dumps(Explosive(str(mark))).decode(),
-    }
-
-
-def unnamed_record(mark: Path) -> dict[str, Any]:
-    """What Prefect takes for a pickle, since it does not say."""
-    return {"metadata": {}, "result": pickled_record(mark)["result"]}
-
-
-def decoded_record(mark: Path) -> dict[str, Any]:
-    """JSON whose objects are handed to a function that the record names."""
-    decoder = {"type": "json", "object_decoder": "subprocess.call"}
-    return {"metadata": {"serializer": decoder}, "result": json.dumps({"mkdir": 1, str(mark): 1})}
-
-
-RECORDS = [pickled_record, unnamed_record, decoded_record]
-
-
-@pytest.mark.parametrize("record", RECORDS)
-def test_the_planted_result_would_act(record: Any, tmp_path: Path) -> None:
-    with contextlib.suppress(ValueError):
-        ResultRecord.deserialize(json.dumps(record(tmp_path / "mark")).encode())
-    assert (tmp_path / "mark").exists()
-
-
-def test_a_pickle_planted_among_prefect_s_results_is_not_executed(
-    catalogue: dict[str, str], tmp_path: Path, storage: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Guard: `refuse_foreign_record` in `StageFingerprint.compute_key`."""
-    config = build_config(catalogue, tmp_path)
-    known = set(storage.rglob("*"))
-    first = build(config)
-    results = [path for path in storage.rglob("*") if path not in known and path.is_file()]
-    assert len(results) >= 9
-    for number, path in enumerate(results):
-        record = RECORDS[number % len(RECORDS)](tmp_path / f"mark-{number}")
-        path.write_text(json.dumps(json.loads(path.read_text()) | record))
-    caplog.clear()
-    assert build(config).refs() == first.refs()
-    assert list(tmp_path.glob("mark-*")) == []
-    assert "Cached" not in {state for _, state in task_states(caplog)}
-    for path in results:
-        assert f"expected a result in JSON in {path}, got one for another serializer" in caplog.text
-
-
-def test_prefect_never_answers_with_the_files_of_another_folder(
-    catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guard: the whole folder in `StageFingerprint.compute_key`; a relative `out` is another folder elsewhere."""
-    for place, out in (("first", "runs/s"), ("second", "runs/s"), ("second", "runs-s")):
-        (tmp_path / place).mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / place)
-        outcome = build(build_config(catalogue, tmp_path).model_copy(update={"out": out}))
-        for ref in (outcome.model, outcome.ids, outcome.report):
-            assert Path(ref.path).is_relative_to(tmp_path / place / out)
-            assert ref.is_present()
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def run_flow(server: Server, flow: str, values: dict[str, Any], name: str = "") -> Path:
+def run_flow(server: Server, flow: str, values: dict[str, Any], name: str = "", **settings: str) -> Path:
     folder = server.folder
     out = folder / (name or flow)
     config = folder / f"{name or flow}.yaml"
     config.write_text(yaml.safe_dump({"catalogue": {"path": str(folder / "vectors.npy")}, "out": str(out)} | values))
     ended = subprocess.run(
         [sys.executable, "-m", f"flows.{flow}", str(config)],
-        env=server.environment,
+        env=server.environment | settings,
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
@@ -69,7 +69,9 @@ def task_runs(server: Server, name: str) -> list[str]:
 def test_shards_and_cells_on_a_cluster_give_the_ids_of_one_process(server: Server, cluster: str) -> None:
     folder = server.folder
     sweep = run_flow(server, "sweep", {"shapes": ["32x32x64"], "mappings": MAPPINGS, "ray": cluster})
-    build = run_flow(server, "build", {"shape": "32x32x64", "mapping": "nearest", "ray": cluster})
+    # As Ray's own commands find their cluster.
+    values = {"shape": "32x32x64", "mapping": "nearest", "ray": "auto"}
+    build = run_flow(server, "build", values, RAY_ADDRESS=cluster)
     for mapping in MAPPINGS:
         alone = folder / mapping
         arguments = [str(folder / "vectors.npy"), "--shape", "32x32x64", "--mapping", mapping, "--out", str(alone)]

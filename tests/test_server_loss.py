@@ -98,6 +98,7 @@ def test_a_flow_whose_server_dies_finishes_with_the_same_ids(server: Server) -> 
         process.wait()
         errors = sweep.communicate(timeout=PATIENCE_SECONDS)[1]
     assert sweep.returncode == 0, errors
+    assert "states, logs and artifacts of that part are missing from its page" in errors
     assert f"server at {server.address}/api stopped answering during this run" in errors
     check_ids(server)
 

@@ -21,11 +21,12 @@ def balance_of(residuals: np.ndarray, size: int = 8) -> tuple[float, Mapping[str
 
 def test_variants_that_take_turns_in_a_catalogue_are_all_seen_while_a_level_is_balanced() -> None:
     rng = np.random.default_rng(2)
-    # Eight in turn, where the early re-fits see an eighth of the rows: evenly spaced ones would all be of one variant.
+    # Eight in turn; early re-fits see a 64th to a 16th of the rows: evenly spaced ones would be of one variant.
     rows = rng.normal(size=(8, 16))[np.arange(16_384) % 8] + 0.2 * rng.normal(size=(16_384, 16))
     in_turn, _ = balance_of(rows.astype(np.float32))
     shuffled, _ = balance_of(rng.permutation(rows).astype(np.float32))
-    assert in_turn == pytest.approx(shuffled, rel=0.1)
+    # Seen: 0.046, and 0.041 to 0.050 in five other orders.
+    assert in_turn < 1.3 * shuffled
 
 
 def test_costs_are_squared_distances_whatever_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,18 +34,18 @@ def test_costs_are_squared_distances_whatever_the_parts(monkeypatch: pytest.Monk
     rows, codebook = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(5, 6)).astype(np.float32)
     monkeypatch.setattr(_uniform, "PART_ROWS", 7)
     expected = np.square(rows[:, None].astype(np.float64) - codebook).sum(axis=2)
-    assert np.allclose(_uniform._costs(rows, codebook), expected, atol=1e-5)
+    assert np.allclose(_uniform.squared_distances(rows, codebook), expected, atol=1e-5)
 
 
 def test_a_cost_matrix_keeps_its_bound_while_a_level_is_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    real = _uniform._costs
+    real = _uniform.squared_distances
 
     def watched(residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
         made.append(4 * len(residuals) * len(codebook))
         return real(residuals, codebook)
 
-    monkeypatch.setattr(_uniform, "_costs", watched)
+    monkeypatch.setattr(_uniform, "squared_distances", watched)
     monkeypatch.setattr(_uniform, "COST_BYTES", 32_000)
     _, evidence = balance_of(np.random.default_rng(3).normal(size=(4096, 16)).astype(np.float32))
     assert max(made) == 32_000

@@ -160,33 +160,37 @@ def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, lloyd: Ll
     """Return the work of fitting the codebook of a level, from 1."""
     size, d = sizes[level - 1], counts.dimensions
     rows = sample_size(size, counts)
-    sample, fit = _sample_work(level, sizes, counts), lloyd_work(size, d, rows, lloyd)
+    sample, fit = _sample_work(level, rows, sizes, counts), lloyd_work(size, d, rows, lloyd)
     # What is read and subtracted from is left before starts are chosen.
     memory = max(sample.memory, 4 * rows * d + fit.memory)
     return replace(sample + fit, memory=memory, disk=codebook_bytes([size], d))
 
 
-def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, refits: int, coarse: int, largest: int) -> Work:
+def uniform_work(
+    level: int, sizes: Sequence[int], counts: Counts, *, per_codeword: int, coarse: Sequence[int], largest: int
+) -> Work:
     """Return the work of balancing a level, from 1.
 
     Args:
-        refits: Lloyd steps under the uniform assignment, of which the last sees all rows.
-        coarse: rows a codeword that the others see.
+        per_codeword: rows a codeword that are fitted to.
+        coarse: rows a codeword that each Lloyd step but the last sees.
         largest: bytes of the cost matrix at most.
     """
     size, d = sizes[level - 1], counts.dimensions
-    rows = sample_size(size, counts)
+    rows = min(sample_size(size, counts), per_codeword * size)
     fitted = min(rows, largest // (4 * size))
-    few = min(rows, coarse * size)
+    parts = [min(rows, some * size) for some in coarse]
+    # The last of them has its potentials fitted once more.
+    fits = [*parts, parts[-1]]
     product = encoding([size], d, 4)
-    # The sample, parts of it, and the costs of the rows that potentials are fitted to.
-    copied = few + (fitted if fitted < rows else 0)
-    held = Work({product: (rows + refits * few + fitted) * size}, memory=4 * (rows + copied) * d + 5 * fitted * size)
+    # The sample, a part of it, and the costs of the rows that potentials are fitted to.
+    copied = sum(some for some in {parts[-1], fitted} if some < rows)
+    held = Work({product: (rows + sum(fits) + fitted) * size}, memory=4 * (rows + copied) * d + 5 * fitted * size)
     return (
-        _sample_work(level, sizes, counts)
-        + fit_work(few, size, refits * PASSES)
+        _sample_work(level, rows, sizes, counts)
+        + fit_work(sum(fits), size, PASSES)
         + fit_work(fitted, size, LAST_PASSES)
-        + Work({refitting(d): (refits - 1) * few + rows}, disk=codebook_bytes([size], d))
+        + Work({refitting(d): sum(parts) + rows}, disk=codebook_bytes([size], d))
         + held
     )
 
@@ -312,9 +316,9 @@ def sample_size(size: int, counts: Counts) -> int:
     return min(training_budget(size, counts.dimensions), counts.training)
 
 
-def _sample_work(level: int, sizes: Sequence[int], counts: Counts) -> Work:
-    """Return the work of reading a training sample and of taking the levels before from it."""
-    rows, d = sample_size(sizes[level - 1], counts), counts.dimensions
+def _sample_work(level: int, rows: int, sizes: Sequence[int], counts: Counts) -> Work:
+    """Return the work of reading so many training rows and of taking the levels before from them."""
+    d = counts.dimensions
     # The rows as they are stored are held until they are converted.
     copied = counts.itemsize == 2 or level > 1
     # Reconstructions of a part, and what is added to them.

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from semids.arrays import Codes
 from semids.blocks import Take
 from semids.free_ids import find_free_ids
-from semids.kmeans import Lloyd, fit_codebook
+from semids.kmeans import Lloyd, fit_codebook, training_budget
 from semids.progress import Progress
 from semids.quantizers._bounded import bounded_codes, bounded_steps, bounded_tensors
 from semids.quantizers._codebooks import level_tensors, read_codebooks
@@ -98,7 +98,8 @@ class ResidualKMeans(Quantizer):
     ) -> StepOutcome:
         size = step.parameters["size"]
         levels = [needed[name] for name in step.needs]
-        sample = sample_residuals(data, levels, size=size, seed=self.seed)
+        rows = training_budget(size, data.vectors.layout.columns)
+        sample = sample_residuals(data, levels, rows=rows, seed=self.seed)
         steps = self.settings.iterations * self.settings.restarts
         fit = fit_codebook(
             sample.residuals,

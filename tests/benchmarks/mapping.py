@@ -11,10 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, capacity_of
+from semids.balance import TOLERANCE
 from semids.capacity import resolve_bounds
+from semids.kmeans import sample_rows
 from semids.progress import silent
+from semids.quantizers._uniform import fit_uniform, squared_distances
 from semids.quantizers.base import MappingName, Tensors, TrainingData
 from semids.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansSettings
+from semids.residual import ResidualCodebooks
 from semids.shards import ShardedArray, ShardLayout
 from tests.benchmarks.dense_sinkhorn import assign_by_dense_sinkhorn
 from tests.benchmarks.measure import Contender, Record, take_turns
@@ -23,6 +27,7 @@ from tests.benchmarks.quality import SIZES, Codebooks, id_figures, with_beam
 PART = "mapping"
 SEED = 0
 REPETITIONS = 3
+FROZEN_ROWS_PER_CODEWORD = 128
 
 Assigned = tuple[Codebooks, Codes]
 """The codebooks that reconstruct, and the (n, L) codes of all rows."""
@@ -48,6 +53,7 @@ def measure_mappings(vectors: NDArray[np.float16], codebooks: Codebooks) -> None
         runs: dict[str, Callable[[], Assigned]] = {
             "semids, nearest": lambda: (codebooks, with_beam(codebooks, 1).encode(vectors)),
             "semids, uniform": lambda: _map_uniformly(rows, codebooks),
+            "semids, uniform, codebooks not re-fitted": lambda: _map_frozen_codebooks(rows, codebooks),
             "semids, capacity": lambda: _map_within_bounds(contents, places, codebooks),
             "dense Sinkhorn (POT), greedy rounding": lambda: (codebooks, assign_by_dense_sinkhorn(vectors, codebooks)),
         }
@@ -58,6 +64,19 @@ def _map_uniformly(rows: ShardedArray, codebooks: Codebooks) -> Assigned:
     quantizer, outcomes = _train("uniform", rows, codebooks)
     tensors = quantizer.assemble(outcomes)
     return _codebooks_of(tensors), quantizer.freeze(tensors).encode(rows.shard(0))
+
+
+def _map_frozen_codebooks(rows: ShardedArray, codebooks: Codebooks) -> Assigned:
+    """Find potentials alone, as the dense plan does; the step that a level ends with, on a part of the rows."""
+    vectors = rows.shard(0)
+    potentials: tuple[NDArray[np.float32], ...] = ()
+    for level, codebook in enumerate(codebooks):
+        part = vectors[sample_rows(len(vectors), FROZEN_ROWS_PER_CODEWORD * len(codebook), seed=SEED)]
+        before = ResidualCodebooks(codebooks[:level], potentials) if level else None
+        residuals = before.residuals(part) if before else part.astype(np.float32)
+        found = fit_uniform(squared_distances(residuals, codebook), start=None, tolerance=TOLERANCE)
+        potentials = (*potentials, found.values)
+    return codebooks, ResidualCodebooks(codebooks, potentials).encode(vectors)
 
 
 def _map_within_bounds(contents: ShardedArray, places: NDArray[np.int64], codebooks: Codebooks) -> Assigned:

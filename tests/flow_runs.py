@@ -1,0 +1,51 @@
+"""Flows run by tests on the server of their module, and what the server shows of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+)
+
+from semids.config import BuildConfig
+
+
+def build_config(catalogue: dict[str, str], tmp_path: Path, **changes: Any) -> BuildConfig:
+    values: dict[str, Any] = {"catalogue": catalogue, "shape": "8x8x8", "out": str(tmp_path / "run")}
+    return BuildConfig(**(values | changes))
+
+
+def artifacts_of(run_ids: list[Any]) -> dict[str, Any]:
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=run_ids)), limit=200
+        )
+    return {artifact.key: artifact for artifact in found if artifact.key}
+
+
+def cells_of(state: Any) -> list[Any]:
+    """Return the ids of the flow runs of a sweep's cells."""
+    parent = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return [run.id for run in client.read_flow_runs(flow_run_filter=parent)]
+
+
+def task_states(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Return (task, how its run ended), in order, since the log was last cleared; the server's own list lags."""
+    return [
+        (record.task_run_name, record.getMessage().removeprefix("Finished in state ").split("(")[0])
+        for record in caplog.records
+        if hasattr(record, "task_run_name") and record.getMessage().startswith("Finished in state")
+    ]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = [path for path in folder.rglob("*") if path.is_file() and ".lock" not in str(path)]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
