@@ -24,8 +24,8 @@ from semids.stages import Ref, Stage, run_stage
 from semids.store import digest_json
 from tasks.tracking import prefer_tracked
 
-FIRST_PROGRESS_SECONDS = 5.0
-PROGRESS_EVERY_SECONDS = 5.0
+FIRST_PROGRESS_SECONDS = 10.0
+PROGRESS_EVERY_SECONDS = 10.0
 RETRY_DELAYS: list[float] = [1, 30]
 HOUR = 3600
 JSON_SERIALIZER = JSONSerializer().model_dump()
