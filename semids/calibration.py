@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,16 @@ def digesting(*, cached: bool) -> Probe:
         return run, PROBE_BYTES
 
     return Probe(f"digest, {'in memory' if cached else 'on disk'}", prepare)
+
+
+def loading() -> Probe:
+    """Loads of PyTorch, which takes a process that has not used it yet a second and more."""
+
+    def prepare(folder: Path) -> Prepared:
+        command = [sys.executable, "-c", "import torch"]
+        return lambda: subprocess.run(command, check=True), 1
+
+    return Probe("load PyTorch", prepare, once=True)
 
 
 def reading(counts: Counts) -> Probe:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from semids import runs, stage_work
+from semids.calibration import loading
 from semids.config import BuildConfig
 from semids.counts import UnknownDimensionsError, read_counts
 from semids.errors import UsageError
@@ -197,8 +198,11 @@ def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done:
     works = _works(config, counts, done.stages)
     uses_device = any(work.device_memory for title, _, work in works if title not in done.stages)
     device = device_free_bytes() if uses_device else None
+    loaded = False
     for title, base, work in works:
         finished = title in done.stages
+        if base > PROCESS_BYTES and not finished and not loaded:
+            work, loaded = work + Work({loading(): 1}), True
         disk = 0 if title in done.perhaps else work.disk
         seconds = machine.seconds(work) if machine is not None and not finished else None
         stages.append(StagePlan(title, seconds, base + work.memory, disk, work.device_bytes(device), finished))
@@ -212,17 +216,20 @@ def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done:
 
 def _works(config: BuildConfig, counts: Counts, done: Mapping[str, Ref]) -> list[tuple[str, int, Work]]:
     """Return the title of every stage, the memory of the process before it, and its work."""
-    first, base = PROCESS_BYTES, PROCESS_BYTES + LIBRARY_BYTES
+    base = PROCESS_BYTES + LIBRARY_BYTES
+    # PyTorch converts float16 as it is read.
+    first = base if counts.itemsize == 2 else PROCESS_BYTES
     quantizer = config.make_quantizer(counts.contents)
     encoding = quantizer.encoding_work(counts)
     if counts.texts is None:
-        vectors = (IMPORT, PROCESS_BYTES, stage_work.import_work(counts))
+        vectors = (IMPORT, first, stage_work.import_work(counts))
+        read = first
     else:
         vectors = (EMBED, base, stage_work.embed_work(config, counts.texts, counts))
         base += 0 if EMBED in done else EMBEDDED_BYTES
-        first = base
+        first, read = base, PROCESS_BYTES
     return [
-        (READ, PROCESS_BYTES, stage_work.scan_work(counts)),
+        (READ, read, stage_work.scan_work(counts)),
         vectors,
         *((step.title, base if step.needs else first, step.work(counts)) for step in quantizer.training_steps()),
         ("Freeze the model", base, stage_work.freeze_work(config, counts, encoding.disk)),
