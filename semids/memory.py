@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
 import sys
 import threading
@@ -15,6 +16,8 @@ INTERVAL_S = 0.02
 STATUS = Path("/proc/self/status")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+M_ARENA_MAX = -8
+"""Of malloc.h."""
 DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 """Files of the drivers that PyTorch computes with: without one, it need not be imported to know that there is none."""
 
@@ -89,6 +92,17 @@ def held_bytes() -> int:
         return held * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def share_arenas(count: int) -> None:
+    """Have the C library (glibc) keep as many heaps for threads at most, unless MALLOC_ARENA_MAX says how many.
+
+    It would keep eight a processor, each with tens of megabytes of what threads that have ended once used, which
+    `release_memory` does not reach: on two processors, 0.6 GB before the report of 200,000 x 1,024 instead of 0.4.
+    """
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, count)
 
 
 def release_memory() -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from semids.errors import CorruptionError
-from semids.memory import PeakMemory, release_memory
+from semids.memory import PeakMemory, release_memory, share_arenas
 from semids.parallel import single_threaded_products, thread_count
 from semids.progress import Progress, silent
 from semids.shards import COMPUTED, EVERY, ShardedArray, ShardLayout, check_origin, shard_name, write_shards
@@ -282,6 +282,7 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     (target / MANIFEST).unlink(missing_ok=True)
     _remove_folders(target, TEMPORARY_PREFIX)
     output = StageOutput(target, stage.fingerprint, progress, stage.origin)
+    share_arenas(thread_count())
     with single_threaded_products():
         started = time.monotonic()
         with PeakMemory() as peak:

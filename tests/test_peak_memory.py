@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -54,6 +57,35 @@ def test_pages_of_mapped_files_are_not_counted(tmp_path: Path) -> None:
     with PeakMemory() as peak:
         assert mapped.sum() == len(mapped)
     assert peak.bytes - before < 16 * MIB
+
+
+MANY_THREADS = """
+import ctypes, sys, threading
+from pathlib import Path
+from semids.progress import silent
+from semids.stages import Stage, run_stage
+run_stage(Path(sys.argv[1]), Stage("s", "A stage", {}, lambda output: {}), silent)
+libc, together = ctypes.CDLL(None), threading.Barrier(12)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+def allocate():
+    together.wait()
+    libc.malloc(1000)
+    together.wait()
+threads = [threading.Thread(target=allocate) for _ in range(12)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+file = ctypes.c_void_p(libc.fopen(sys.argv[2].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the C library is not glibc")
+def test_threads_share_the_heaps_of_the_c_library(tmp_path: Path) -> None:
+    """Guard: `share_arenas` in `stages._make`. Each of the 12 threads would have a heap of its own, for good."""
+    command = [sys.executable, "-c", MANY_THREADS, str(tmp_path / "run"), str(tmp_path / "heaps")]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "3"}, check=True)
+    assert (tmp_path / "heaps").read_text().count("<heap nr=") == 3
 
 
 def test_what_is_available_is_less_than_all_there_is() -> None:
