@@ -43,7 +43,7 @@ EQUATION_ARRAYS = 8
 """Of codewords × dimensions in float64, while all codebooks are fitted at once."""
 PAIR_BYTES = 32
 """Of a pair of codewords that occurs: its count in float64 and its place, and those before a block is added."""
-THREAD_BYTES = 80_000_000
+THREAD_BYTES = 40_000_000
 """Freed memory that a thread which assigns prefixes keeps at hand."""
 HEADER_BYTES = 160
 """Of a tensor in a file."""
