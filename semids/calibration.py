@@ -76,7 +76,7 @@ def digesting(*, cached: bool) -> Probe:
     return Probe(f"digest, {'in memory' if cached else 'on disk'}", prepare)
 
 
-def loading() -> Probe:
+def loading_pytorch() -> Probe:
     """Loads of PyTorch, which takes a process that has not used it yet a second and more."""
 
     def prepare(folder: Path) -> Prepared:

@@ -97,6 +97,7 @@ def held_bytes() -> int:
 def share_arenas(count: int) -> None:
     """Have the C library (glibc) keep as many heaps for threads at most, unless MALLOC_ARENA_MAX says how many.
 
+    It obeys until eight threads have had one: this is for a process that begins.
     It would keep eight a processor, each with tens of megabytes of what threads that have ended once used, which
     `release_memory` does not reach: on two processors, 0.6 GB before the report of 200,000 x 1,024 instead of 0.4.
     """

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from semids import runs, stage_work
-from semids.calibration import loading
+from semids.calibration import loading_pytorch
 from semids.config import BuildConfig
 from semids.counts import UnknownDimensionsError, read_counts
 from semids.errors import UsageError
@@ -198,11 +198,12 @@ def plan_run(config: BuildConfig, counts: Counts, machine: Machine | None, done:
     works = _works(config, counts, done.stages)
     uses_device = any(work.device_memory for title, _, work in works if title not in done.stages)
     device = device_free_bytes() if uses_device else None
-    loaded = False
+    # Among what a model's loading takes.
+    loaded = counts.texts is not None and EMBED not in done.stages
     for title, base, work in works:
         finished = title in done.stages
         if base > PROCESS_BYTES and not finished and not loaded:
-            work, loaded = work + Work({loading(): 1}), True
+            work, loaded = work + Work({loading_pytorch(): 1}), True
         disk = 0 if title in done.perhaps else work.disk
         seconds = machine.seconds(work) if machine is not None and not finished else None
         stages.append(StagePlan(title, seconds, base + work.memory, disk, work.device_bytes(device), finished))

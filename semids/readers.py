@@ -183,7 +183,7 @@ def read_batches(
             with pa.OSFile(str(path)) as file:
                 rows = _csv_rows(path, file, columns) if file_format == "CSV" else _jsonl_rows(path, file, columns)
                 for gathered in _gather(rows, columns, max_rows):
-                    # It is closed with its last row.
+                    # Rows that are exhausted have closed it, which is before the last batch.
                     yield gathered, size if file.closed else file.tell()
 
 
@@ -218,7 +218,7 @@ def _gather(rows: Iterator[tuple[list[Any], int]], columns: Sequence[str], max_r
 
 
 def _open_stream(path: Path, file: pa.NativeFile) -> io.BufferedReader:
-    """Return the text of an open file, whose compression its name tells."""
+    """Return the bytes of an open file, decompressed as its name tells."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression and file.size() == 0:
         raise EOFError(f"0 bytes are no {compression} stream")

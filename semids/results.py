@@ -119,7 +119,11 @@ class Comparison:
 
 
 def compare(config: CommonConfig, cells: Iterable[Report | FailedCell]) -> Comparison:
-    """Write the comparison of the cells of a sweep beside their results, as a page, a plot and JSON."""
+    """Write the comparison of the cells of a sweep beside their results, as a page, a plot and JSON.
+
+    Raises:
+        StorageError: as `copy_results` does.
+    """
     rows = comparison_rows(cells)
     plot = plot_comparison(rows)
     files = {
@@ -140,7 +144,8 @@ def copy_results(config: CommonConfig, shown: Path) -> None:
     """
     if not config.copy_to:
         return
-    files = {path.name: path for path in shown.iterdir() if path.is_file()}
+    names = (path for path in shown.iterdir() if not path.name.startswith(TEMPORARY_PREFIX))
+    files = {path.name: path for path in names if path.is_file()}
     files |= {f"model/{path.name}": path for path in (shown / "model").glob("[!.]*") if path.is_file()}
     place = shown.relative_to(Path(config.out).resolve() / RESULTS).as_posix()
     push(files, f"{config.copy_to.rstrip('/')}/{place}")

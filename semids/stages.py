@@ -39,6 +39,8 @@ KEPT_PREFIX = ".kept-"
 LIBRARIES = ("faiss-cpu", "faiss-gpu", "numpy", "polars", "pyarrow", "semids", "torch", "transformers")
 
 log = logging.getLogger("semids")
+# Now, not by the first stage: Prefect may have started its threads by then.
+share_arenas(thread_count())
 
 
 class Ref(BaseModel):
@@ -282,7 +284,6 @@ def _make(target: Path, stage: Stage, progress: Progress) -> dict[str, Any]:
     (target / MANIFEST).unlink(missing_ok=True)
     _remove_folders(target, TEMPORARY_PREFIX)
     output = StageOutput(target, stage.fingerprint, progress, stage.origin)
-    share_arenas(thread_count())
     with single_threaded_products():
         started = time.monotonic()
         with PeakMemory() as peak:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterParentFlowRunId,
 )
 
+from semids import store
 from semids.config import BuildConfig
 
 
@@ -49,3 +52,19 @@ def task_states(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     files = [path for path in folder.rglob("*") if path.is_file() and ".lock" not in str(path)]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def assert_refused_while_in_use(folder: Path, run: Callable[[], Any]) -> None:
+    """Run a flow in a child while this process owns the run folder, and see that it fails, naming the owner."""
+    with store.run_lock(folder):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                store._held_locks.clear()
+                state = run()
+                message = str(state.result(raise_on_failure=False))
+                code = 0 if state.is_failed() and f"process {os.getppid()}" in message else 1
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

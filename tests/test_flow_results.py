@@ -10,18 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from flow_runs import build_config, task_states
+from prefect import flow
 from prefect.events.clients import AssertingEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.logging import disable_run_logger
 from prefect.results import ResultRecord
 from prefect.serializers import PickleSerializer
+from prefect.settings import PREFECT_API_URL
 
 from deployments.automations import alarm_on_collisions
 from flows.build import build
 from semids.reporting import read_report
 from semids.stages import StageReader
+from tasks import tracking
 from tasks.artifacts import NEEDLESS_COLLISIONS, TOO_MANY_COLLISIONS, raise_alarms
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect"), pytest.mark.usefixtures("prefect_storage")]
@@ -108,6 +112,32 @@ def test_prefect_never_answers_with_the_files_of_another_folder(
         for ref in (outcome.model, outcome.ids, outcome.report):
             assert Path(ref.path).is_relative_to(tmp_path / place / out)
             assert ref.is_present()
+
+
+def test_a_run_says_at_its_end_that_the_server_was_away_for_a_while(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guard: `told_losses`. The server is there: what it is asked for the first time fails as if it were not."""
+    monkeypatch.setattr(tracking, "GLANCE_EVERY_SECONDS", 0.0)
+    shown: list[str] = []
+
+    def fail() -> None:
+        raise httpx.ConnectError("refused", request=httpx.Request("POST", f"{PREFECT_API_URL.value()}/artifacts"))
+
+    @flow(name="tracked")
+    def tracked() -> None:
+        with tracking.told_losses():
+            tracking.prefer_tracked(fail, lambda: shown.append("without"))
+            tracking.prefer_tracked(lambda: shown.append("with"), fail)
+            assert "missing from its page" not in caplog.text
+
+    tracked()
+    assert shown == ["without", "with"]
+    assert caplog.text.count("missing from its page") == 1
+    caplog.clear()
+    with disable_run_logger(), tracking.told_losses():
+        pass
+    assert "missing from its page" not in caplog.text
 
 
 @pytest.fixture

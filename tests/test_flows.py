@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import fsspec
 import numpy as np
 import polars as pl
 import pytest
-from flow_runs import artifacts_of, build_config, cells_of, snapshot, task_states
+from flow_runs import artifacts_of, assert_refused_while_in_use, build_config, cells_of, snapshot, task_states
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
@@ -28,7 +27,6 @@ from semids.config import BuildConfig, EncodeConfig, SweepConfig
 from semids.errors import UsageError
 from semids.quantizers import _rqvae_train
 from semids.results import results_folder
-from semids.store import run_lock
 from tasks import stage
 from tasks.outcomes import print_outcome
 from tasks.parameters import start
@@ -255,15 +253,8 @@ def test_new_items_are_not_copied_to_a_folder_in_use(tmp_path: Path) -> None:
     """Guard: `own_run_folder` before `fetch_new_items` in the flow."""
     (tmp_path / "model").mkdir()
     encoding = EncodeConfig(new_items="memory://shop/x.npy", model=str(tmp_path / "model"), out=str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-    with run_lock(tmp_path / "out"):
-        child = os.fork()
-        if child == 0:
-            store._held_locks.clear()
-            state = encode_new_items(encoding, return_state=True)
-            message = str(state.result(raise_on_failure=False))
-            os._exit(0 if state.is_failed() and f"process {os.getppid()}" in message else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert_refused_while_in_use(tmp_path / "out", lambda: encode_new_items(encoding, return_state=True))
+    assert not (tmp_path / "out" / "inputs").exists()
 
 
 def test_new_items_get_the_ids_of_a_build_and_a_page_of_their_own(catalogue: dict[str, str], tmp_path: Path) -> None:
@@ -305,14 +296,7 @@ def test_runs_from_a_shell_send_the_heartbeats_that_the_automation_waits_for(
 
 def test_a_folder_in_use_by_another_process_is_refused(catalogue: dict[str, str], tmp_path: Path) -> None:
     config = build_config(catalogue, tmp_path)
-    with run_lock(Path(config.out)):
-        child = os.fork()
-        if child == 0:
-            store._held_locks.clear()
-            state = build(config, return_state=True)
-            message = str(state.result(raise_on_failure=False))
-            os._exit(0 if state.is_failed() and f"process {os.getppid()}" in message else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert_refused_while_in_use(Path(config.out), lambda: build(config, return_state=True))
 
 
 @pytest.mark.parametrize(

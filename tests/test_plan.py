@@ -25,6 +25,7 @@ from semids.memory import available_bytes, held_bytes
 from semids.plan import Finished, Plan, checking_runner, find_finished, plan_run
 from semids.progress import silent
 from semids.stages import StageReader, reference
+from semids.work import Machine, Work
 
 MIB = 1 << 20
 
@@ -65,6 +66,36 @@ def test_predicted_disk_is_what_a_run_writes(vectors_file: Path, mapping: str) -
     for title in ("Write the semantic IDs", "Freeze the model", "Fit codebook 1 (8 codewords)"):
         written = sum(record["bytes"] for record in found[title]["files"].values())
         assert predicted[title].disk == pytest.approx(written, rel=0.15)  # observed: within 8 %, headers
+
+
+def test_the_costs_of_large_codebooks_are_those_that_are_held_at_once() -> None:
+    """A million rows of the sample, the half of them that early re-fits see, and 1 GiB of costs: 7.9 GB by hand."""
+    stages = {stage.title: stage.memory for stage in plan_rows(1_000_000, shape="4096x2", mapping="uniform").stages}
+    assert 7e9 < stages["Balance level 1 (4096 codewords)"] < 9e9
+
+
+class Watched(Machine):
+    """A machine that notes what it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked: list[set[str]] = []
+
+    def seconds(self, work: Work) -> float:
+        self.asked.append({probe.name for probe in work.units})
+        return 0.0
+
+
+@pytest.mark.parametrize(("dtype", "first"), [("float16", "Read the catalogue"), ("float32", "Fit codebook 2")])
+def test_pytorch_is_loaded_by_the_first_stage_that_needs_it(tmp_path: Path, dtype: str, first: str) -> None:
+    np.save(tmp_path / "vectors.npy", clustered_vectors(3000, 24).astype(dtype))
+    config = configured(tmp_path / "vectors.npy")
+    machine = Watched(tmp_path)
+    counts = count_catalogue(config, runs.local_runner(Path(config.out), silent))
+    plan = plan_run(config, counts, machine, Finished())
+    loading = [stage.title for stage, asked in zip(plan.stages, machine.asked, strict=True) if "load PyTorch" in asked]
+    assert len(loading) == 1
+    assert loading[0].startswith(first)
 
 
 def test_predictions_scale_with_rows() -> None:

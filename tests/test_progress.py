@@ -1,4 +1,4 @@
-"""What a run tells of where it stands: every step that says anything rises to its end."""
+"""What a run over vectors, by residual k-means, tells of where it stands: every step rises to its end."""
 
 from __future__ import annotations
 

@@ -180,15 +180,16 @@ def uniform_work(
     rows = min(sample_size(size, counts), per_codeword * size)
     fitted = min(rows, largest // (4 * size))
     parts = [min(rows, some * size) for some in coarse]
-    # The last of them has its potentials fitted once more.
-    fits = [*parts, parts[-1]]
+    # The last of them has its potentials fitted once more; a part that potentials do not see whole is encoded besides.
+    fits = [min(part, fitted) for part in (*parts, parts[-1])]
+    encoded = rows + sum(part for part in (*parts, parts[-1]) if part > fitted)
     product = encoding([size], d, 4)
     # The sample, a part of it, and the costs of the rows that potentials are fitted to.
     copied = sum(some for some in {parts[-1], fitted} if some < rows)
-    held = Work({product: (rows + sum(fits) + fitted) * size}, memory=4 * (rows + copied) * d + 5 * fitted * size)
+    held = Work({product: (encoded + sum(fits) + fitted) * size}, memory=4 * (rows + copied) * d + 5 * fitted * size)
     return (
         _sample_work(level, rows, sizes, counts)
-        + fit_work(sum(fits), size, PASSES)
+        + Work(fit_work(sum(fits), size, PASSES).units)
         + fit_work(fitted, size, LAST_PASSES)
         + Work({refitting(d): sum(parts) + rows}, disk=codebook_bytes([size], d))
         + held

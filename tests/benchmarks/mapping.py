@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, capacity_of
+from semids.balance import TOLERANCE
 from semids.capacity import resolve_bounds
 from semids.kmeans import sample_rows
 from semids.progress import silent
@@ -27,8 +28,6 @@ PART = "mapping"
 SEED = 0
 REPETITIONS = 3
 FROZEN_ROWS_PER_CODEWORD = 128
-FROZEN_TOLERANCE = 0.01
-"""A tenth of what the loads of so few rows deviate by."""
 
 Assigned = tuple[Codebooks, Codes]
 """The codebooks that reconstruct, and the (n, L) codes of all rows."""
@@ -68,14 +67,18 @@ def _map_uniformly(rows: ShardedArray, codebooks: Codebooks) -> Assigned:
 
 
 def _map_frozen_codebooks(rows: ShardedArray, codebooks: Codebooks) -> Assigned:
-    """Find potentials alone, on a part of the rows: what the dense plan does, the codebooks being given."""
+    """Find potentials alone, the codebooks being given, as the dense plan does.
+
+    They are those of a part of the rows: the loads of all deviate by what is drawn, where the plan's rounding gives no
+    codeword a row too many.
+    """
     vectors = rows.shard(0)
     potentials: tuple[NDArray[np.float32], ...] = ()
     for level, codebook in enumerate(codebooks):
         part = vectors[sample_rows(len(vectors), FROZEN_ROWS_PER_CODEWORD * len(codebook), seed=SEED)]
         before = ResidualCodebooks(codebooks[:level], potentials) if level else None
         residuals = before.residuals(part) if before else part.astype(np.float32)
-        found = fit_uniform(squared_distances(residuals, codebook), start=None, tolerance=FROZEN_TOLERANCE)
+        found = fit_uniform(squared_distances(residuals, codebook), start=None, tolerance=TOLERANCE)
         potentials = (*potentials, found.values)
     return codebooks, ResidualCodebooks(codebooks, potentials).encode(vectors)
 

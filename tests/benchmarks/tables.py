@@ -73,10 +73,11 @@ def _training_rows(body: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 
 def _mapping_rows(body: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    head = ["mapping", "time", "CPU", "relative MSE", "unique IDs", "collision rate", "largest bucket"]
+    head = ["mapping", "time", "CPU", "relative MSE", "unique IDs", "collision rate", "largest bucket", "loads"]
     rows = [head]
     for name, contender in body["contenders"].items():
         figures = contender["figures"]
+        loads = [load for level in figures["level_loads"] for load in level]
         rows.append(
             [
                 name,
@@ -86,6 +87,7 @@ def _mapping_rows(body: dict[str, Any]) -> tuple[str, list[list[str]]]:
                 f"{figures['unique_ids']:,}",
                 f"{figures['collision_rate']:.4f}",
                 f"{figures['largest_bucket']:,}",
+                f"{min(loads):,} to {max(loads):,}",
             ]
         )
     return f"{_size(body, body['rows'])}, of them {body['distinct_contents']:,} distinct.", rows
