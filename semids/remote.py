@@ -52,8 +52,7 @@ def fetch(pattern: str, folder: Path) -> str:
     if not is_remote(pattern):
         return pattern
     check_place(pattern)
-    protocol, _, place = pattern.partition("://")
-    root = folder / INPUTS / protocol
+    root = _root_of_copies(pattern, folder)
     with _told(pattern):
         filesystem, path = url_to_fs(pattern)
         is_folder = not _has_wildcards(path) and filesystem.isdir(path)
@@ -67,7 +66,14 @@ def fetch(pattern: str, folder: Path) -> str:
     for stranger in set(root.rglob("*")) - {*copies, *map(_record_of, copies)}:
         if stranger.is_file():
             stranger.unlink()
-    return str(_place_of(root, place))
+    return place_of_copies(pattern, folder)
+
+
+def place_of_copies(pattern: str, folder: Path) -> str:
+    """Return what `fetch` returns, and ask no store for anything."""
+    if not is_remote(pattern):
+        return pattern
+    return str(_place_of(_root_of_copies(pattern, folder), pattern.partition("://")[2]))
 
 
 def push(files: Mapping[str, Path], url: str) -> None:
@@ -113,6 +119,10 @@ def _fetch_file(filesystem: Any, source: str, copy: Path) -> None:
     record.unlink(missing_ok=True)
     written = commit(copy, lambda temporary: filesystem.get_file(source, str(temporary)))
     commit_sealed_json(record, {"state": state, **vars(written)})
+
+
+def _root_of_copies(pattern: str, folder: Path) -> Path:
+    return folder / INPUTS / pattern.partition("://")[0]
 
 
 def _place_of(root: Path, source: str) -> Path:

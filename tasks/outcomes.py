@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from semids import results
 from semids.config import BuildConfig, CommonConfig, EncodeConfig, SweepConfig
 from semids.errors import SemidsError
+from semids.remote import place_of_copies
 from semids.report import FailedCell, comparison_rows, format_table
 from semids.reporting import read_report
 from semids.stages import Ref
@@ -86,7 +87,9 @@ def print_comparison(config: SweepConfig, state: State[Any]) -> int:
     """Print the comparison table and where everything is; return the exit code: 1 if a cell or the sweep failed."""
     if state.is_failed() and not (state.message or "").endswith("cells completed"):
         return _say_why("The sweep did not reach its comparison", state)
-    folder = results.results_folder(config)
+    path = place_of_copies(config.catalogue.path, Path(config.out))
+    catalogue = config.catalogue.model_copy(update={"path": path})
+    folder = results.results_folder(config.model_copy(update={"catalogue": catalogue}))
     rows: list[dict[str, Any]] = json.loads((folder / "comparison.json").read_bytes())
     print(f"\n{format_table(rows)}\n")
     print(f"Comparison and plot   {folder / 'comparison.md'}")

@@ -28,7 +28,7 @@ from semids.errors import UsageError
 from semids.quantizers import _rqvae_train
 from semids.results import results_folder
 from tasks import stage
-from tasks.outcomes import print_outcome
+from tasks.outcomes import print_comparison, print_outcome
 from tasks.parameters import start
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect"), pytest.mark.usefixtures("prefect_storage")]
@@ -220,7 +220,9 @@ def test_showing_a_cell_is_tried_again_after_an_io_error(
     assert {"semantic_ids.parquet", "report.md", "model"} <= {path.name for path in shown.iterdir() if path.exists()}
 
 
-def test_inputs_come_from_a_store_and_results_go_there(catalogue: dict[str, str], tmp_path: Path) -> None:
+def test_inputs_come_from_a_store_and_results_go_there(
+    catalogue: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By fsspec's store in memory: `tests/test_remote.py` speaks S3 with a server."""
     shop = fsspec.filesystem("memory")
     for name, rows in (("vectors", slice(None)), ("later", slice(50))):
@@ -233,8 +235,11 @@ def test_inputs_come_from_a_store_and_results_go_there(catalogue: dict[str, str]
         out=str(tmp_path / "run"),
         copy_to="memory://ids/today",
     )
-    assert sweep(config, return_state=True).is_completed()
-    shown = results_folder(config)
+    state = sweep(config, return_state=True)
+    assert state.is_completed()
+    shown = tmp_path / "run" / "results" / "vectors"
+    assert print_comparison(config, state) == 0
+    assert str(shown / "comparison.md") in capsys.readouterr().out
     copied = "/ids/today/vectors"
     for name in ("comparison.md", "comparison.json", "8x8-nearest-residual-kmeans/semantic_ids.parquet"):
         assert shop.cat_file(f"{copied}/{name}") == (shown / name).read_bytes()
