@@ -166,18 +166,15 @@ def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, lloyd: Ll
     return replace(sample + fit, memory=memory, disk=codebook_bytes([size], d))
 
 
-def uniform_work(
-    level: int, sizes: Sequence[int], counts: Counts, *, per_codeword: int, coarse: Sequence[int], largest: int
-) -> Work:
+def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, coarse: Sequence[int], largest: int) -> Work:
     """Return the work of balancing a level, from 1.
 
     Args:
-        per_codeword: rows a codeword that are fitted to.
         coarse: rows a codeword that each Lloyd step but the last sees.
         largest: bytes of the cost matrix at most.
     """
     size, d = sizes[level - 1], counts.dimensions
-    rows = min(sample_size(size, counts), per_codeword * size)
+    rows = sample_size(size, counts)
     fitted = min(rows, largest // (4 * size))
     parts = [min(rows, some * size) for some in coarse]
     # The last of them has its potentials fitted once more; a part that potentials do not see whole is encoded besides.
