@@ -278,7 +278,7 @@ LIBRARY_CHANGES: list[tuple[str, dict[str, Callable[[ast.Module], None]], set[st
     ("balancing, to the same effect", {"balance.py": lambda tree: add_statement(tree, "fit_potentials")}, UNIFORM),
     (
         "balancing, to another effect",
-        {"quantizers/_uniform.py": lambda tree: set_constant(tree, "MAX_ITERATIONS", 59)},
+        {"quantizers/_uniform.py": lambda tree: set_constant(tree, "COARSE_ROWS_PER_CODEWORD", (1,))},
         {*UNIFORM, *LAST},
     ),
     (
