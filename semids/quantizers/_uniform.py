@@ -24,7 +24,8 @@ from semids.residual import PART_ROWS, ResidualCodebooks
 
 COARSE_ROWS_PER_CODEWORD = (32, 64, 64, 128, 128)
 """Rows that each Lloyd step under the uniform assignment looks at, before a last one on all of the sample: few while
-codewords still move far. More cost time and gain nothing; a last step on half of the sample costs 1 % of error."""
+codewords still move far. More cost time and gain nothing; a last step on half of the sample costs 0.4 % of error at a
+million rows."""
 RELATIVE_EPSILON = 0.01
 """Smoothing of the uniform mapping over the standard deviation of its costs."""
 MAX_ITERATIONS = 60
