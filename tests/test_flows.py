@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,15 @@ import fsspec
 import numpy as np
 import polars as pl
 import pytest
-from flow_runs import artifacts_of, assert_refused_while_in_use, build_config, cells_of, snapshot, task_states
+from flow_runs import (
+    artifacts_of,
+    assert_refused_while_in_use,
+    build_config,
+    cells_of,
+    fail_third_call,
+    snapshot,
+    task_states,
+)
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterType
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
@@ -172,16 +179,7 @@ def test_a_cached_answer_whose_files_are_gone_is_not_believed(
 def test_an_io_error_is_retried_and_bad_data_is_not(
     catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    calls: list[Path] = []
-    fill = store._fill
-
-    def fail_once(path: Path, write: Any) -> None:
-        calls.append(path)
-        if len(calls) == 3:
-            raise OSError(errno.EIO, "Input/output error")
-        fill(path, write)
-
-    monkeypatch.setattr(store, "_fill", fail_once)
+    calls = fail_third_call(monkeypatch, store, "_fill")
     config = build_config(catalogue, tmp_path)
     state = build(config, return_state=True)
     assert state.is_completed()
@@ -201,16 +199,7 @@ def test_showing_a_cell_is_tried_again_after_an_io_error(
     catalogue: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Guard: the retries of `tasks.artifacts.publish`."""
-    calls: list[Path] = []
-    symlink_to = Path.symlink_to
-
-    def fail_once(link: Path, target: str) -> None:
-        calls.append(link)
-        if len(calls) == 3:
-            raise OSError(errno.EIO, "Input/output error")
-        symlink_to(link, target)
-
-    monkeypatch.setattr(Path, "symlink_to", fail_once)
+    calls = fail_third_call(monkeypatch, Path, "symlink_to")
     config = build_config(catalogue, tmp_path)
     assert build(config, return_state=True).is_completed()
     assert len(calls) > 3

@@ -322,33 +322,6 @@ def test_scanning_runs_as_a_stage_and_leaves_only_its_three_files(tmp_path):
     assert reader.summary["items"] == 5
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".csv", ".csv.zst"])
-def test_progress_rises_to_its_total(scan, tmp_path, monkeypatch, suffix):
-    """Over two files, of which the second is larger than what is read ahead."""
-    monkeypatch.setattr(readers, "BATCH_BYTES", 1 << 20)
-    rows = [row | {"brand": f"{number * 7919 % 1_000_003} " * 20} for number, row in enumerate(many_rows(60_000))]
-    sizes = []
-    for name, part in (("a", rows[:300]), ("b", rows[300:])):
-        path = tmp_path / "files" / f"{name}{suffix}"
-        path.parent.mkdir(exist_ok=True)
-        if suffix == ".parquet":
-            write_parquet(path, part)
-        else:
-            plain = pl.DataFrame(part)
-            data = plain.write_csv() if ".csv" in suffix else plain.write_ndjson()
-            path.write_bytes(compress(data.encode(), path.suffix))
-        sizes.append(path.stat().st_size)
-    heard = {}
-    scan(path.parent, progress=lambda step, done, total, unit: heard.setdefault(step, []).append((done, total, unit)))
-    assert set(heard) == {"read catalogue", "find equal texts"}
-    for calls in heard.values():
-        assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
-    assert heard["find equal texts"][-1] == (60_000, 60_000, "items")
-    read = [done for done, _, _ in heard["read catalogue"]]
-    assert heard["read catalogue"][-1] == (sum(sizes), sum(sizes), "bytes")
-    assert sum(0.1 < done / sum(sizes) < 0.9 for done in read) >= 5
-
-
 # Memory and real data
 
 
