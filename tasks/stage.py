@@ -144,7 +144,7 @@ def run_as_task(folder: str, stage: Stage, *, hours: float, tags: tuple[str, ...
     Args:
         hours: a task that takes longer is stopped and fails. In a worker thread, where a cell of a sweep runs,
             Prefect cannot interrupt anything, so none is set there.
-        tags: shown in the dashboard; a concurrency limit on a tag bounds all stages that carry it.
+        tags: a concurrency limit on a tag bounds all stages that carry it.
     """
     interruptible = threading.current_thread() is threading.main_thread()
     configured = run_stage_task.with_options(timeout_seconds=hours * HOUR if interruptible else None)

@@ -21,7 +21,11 @@ from tasks.stage import RETRIES, run_as_task
 AnyConfig = TypeVar("AnyConfig", bound=CommonConfig)
 
 GPU = ("gpu",) if any(driver.exists() for driver in DRIVERS) else ()
-"""The tag of stages that use a GPU, where there is one: the limit on it must not make CPUs wait for one another."""
+"""The tag of stages that use a GPU, where there is one: the limit on it must not make CPUs wait for one another.
+
+No stage has another: before a task with a tag runs, it asks the server whether a limit on it has room, which SQLite
+refuses while it records another task, and Prefect's client asks again after seconds.
+"""
 
 
 def fetch_catalogue(config: AnyConfig) -> AnyConfig:
@@ -56,7 +60,7 @@ def copy_new_items(config: EncodeConfig) -> EncodeConfig:
 
 def scan_catalogue(config: CommonConfig) -> Ref:
     """Read the catalogue into items and distinct contents."""
-    return _run(config, pipeline.scan_catalogue(config), hours=12, tag="catalogue")
+    return _run(config, pipeline.scan_catalogue(config), hours=12)
 
 
 def make_vectors(config: BuildConfig | SweepConfig, items: Ref) -> Ref:
@@ -71,7 +75,7 @@ def make_vectors(config: BuildConfig | SweepConfig, items: Ref) -> Ref:
 
     def run(stage: Stage) -> Ref:
         # 54M texts through an 8B model take days; a hung driver should still end.
-        return _run(config, stage, hours=24 * 14, tag="embedding", gpu=True)
+        return _run(config, stage, hours=24 * 14, gpu=True)
 
     # On a cluster, other machines than this one need the room.
     return run(stage) if config.ray else checking_runner(cells, run, made=[items])(stage)
@@ -84,7 +88,7 @@ def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
     def run(stage: Stage) -> Ref:
         # Prefixes are placed by processors, for the most part, and each lot of them reads all vectors.
         spread_shards(config, stage, uses_gpu=False, lots_per_slot=1)
-        return _run_here(config, stage, hours=72, tag="training", gpu=True)
+        return _run_here(config, stage, hours=72, gpu=True)
 
     return pipeline.train_quantizer(config, items, vectors, checking_runner([config], run, made=[items, vectors]))
 
@@ -92,12 +96,12 @@ def train_quantizer(config: BuildConfig, items: Ref, vectors: Ref) -> Ref:
 def encode_vectors(config: CommonConfig, items: Ref, vectors: Ref, model: Ref) -> Ref:
     """Give every distinct content its codes."""
     stage = encoding.encode_vectors(items, vectors, model)
-    return _run(config, stage, hours=24, tag="encoding", gpu=True)
+    return _run(config, stage, hours=24, gpu=True)
 
 
 def assign_ids(config: CommonConfig, items: Ref, codes: Ref) -> Ref:
     """Write the semantic IDs, tokens and vocabulary."""
-    return _run(config, encoding.assign_ids(config, items, codes), hours=12, tag="ids")
+    return _run(config, encoding.assign_ids(config, items, codes), hours=12)
 
 
 def encode_items(config: BuildConfig, model: str, *, unique: bool) -> CellRefs:
@@ -106,7 +110,7 @@ def encode_items(config: BuildConfig, model: str, *, unique: bool) -> CellRefs:
     return runs.encode_items(
         config,
         Path(model),
-        lambda stage: _run(config, stage, hours=24 * 14, tag="encoding", gpu=True),
+        lambda stage: _run(config, stage, hours=24 * 14, gpu=True),
         unique=unique,
     )
 
@@ -114,13 +118,13 @@ def encode_items(config: BuildConfig, model: str, *, unique: bool) -> CellRefs:
 def write_report(config: BuildConfig, items: Ref, vectors: Ref, model: Ref, codes: Ref) -> Ref:
     """Measure the codes, and write the report with its plots."""
     stage = reporting.write_report(config, items, vectors, model, codes)
-    return _run(config, stage, hours=12, tag="report")
+    return _run(config, stage, hours=12)
 
 
-def _run(config: CommonConfig, stage: Stage, *, hours: float, tag: str, gpu: bool = False) -> Ref:
+def _run(config: CommonConfig, stage: Stage, *, hours: float, gpu: bool = False) -> Ref:
     spread_shards(config, stage, uses_gpu=gpu)
-    return _run_here(config, stage, hours=hours, tag=tag, gpu=gpu)
+    return _run_here(config, stage, hours=hours, gpu=gpu)
 
 
-def _run_here(config: CommonConfig, stage: Stage, *, hours: float, tag: str, gpu: bool) -> Ref:
-    return run_as_task(config.out, stage, hours=hours, tags=(tag, *(GPU if gpu else ())))
+def _run_here(config: CommonConfig, stage: Stage, *, hours: float, gpu: bool) -> Ref:
+    return run_as_task(config.out, stage, hours=hours, tags=GPU if gpu else ())
