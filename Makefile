@@ -7,7 +7,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A home of its own: the project's runs, results and database stay out of the user's own Prefect.
 export PREFECT_HOME ?= $(CURDIR)/.prefect
-export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PREFECT_LOGGING_EXTRA_LOGGERS ?= semids
 export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW ?= ignore
@@ -26,15 +25,8 @@ install: .venv/installed
 runs/sample.parquet: | install
 	$(BIN)/semids sample $@
 
-# The server of `make run` lives for the sweep alone: nothing reads its event feed or its schedules, and
-# keeping them makes SQLite the slowest part.
-run: export PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED = false
-run: export PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED = false
-run: export PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED = false
-run: export PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED = false
-run: export PREFECT_SERVER_SERVICES_FOREMAN_ENABLED = false
 run: install runs/sample.parquet
-	$(BIN)/python -m deployments.run flows.sweep deployments/configs/sample-sweep.yaml
+	$(BIN)/python -m flows.sweep deployments/configs/sample-sweep.yaml
 
 test: install
 	$(BIN)/python -m pytest -n 3 --dist loadgroup

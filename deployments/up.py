@@ -11,21 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from types import FrameType
 
 from deployments.apply import PROCESS_POOL
-
-START_SECONDS = 180
-STOP_SECONDS = 40
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tasks.server import address_settings, start_server, stop, wait_for_server
 
 
 def is_free(host: str, port: str) -> bool:
@@ -40,42 +29,10 @@ def is_free(host: str, port: str) -> bool:
     return True
 
 
-def address_settings(host: str, port: str) -> tuple[str, dict[str, str]]:
-    """Return the address of a server there, and the settings that lead it and its clients to it.
-
-    The dashboard asks the address that these name; the command's own options would leave it at the default port.
-    """
-    address = f"http://{host}:{port}"
-    named = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_API_URL": f"{address}/api"}
-    return address, named
-
-
-def start_server(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start the server; of its output errors are shown."""
-    return _start("deployments.server", environment)
-
-
 def start_worker(environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a worker of the process pool; of its output errors are shown."""
-    return _start("prefect", environment, "worker", "start", "--pool", PROCESS_POOL)
-
-
-def wait_for_server(server: subprocess.Popen[bytes], address: str) -> None:
-    """Return once the server answers.
-
-    Raises:
-        RuntimeError: it ended, or did not answer in time; its own words are on standard error.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise RuntimeError(f"the Prefect server ended with code {server.returncode}; see above")
-        try:
-            with urllib.request.urlopen(f"{address}/api/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise RuntimeError(f"the Prefect server did not answer at {address} within {START_SECONDS} s")
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", PROCESS_POOL]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
 def end(signal_number: int, frame: FrameType | None) -> None:
@@ -107,21 +64,9 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        stop(running)
-
-
-def stop(running: list[subprocess.Popen[bytes]]) -> None:
-    """End a server and what it serves, that first: it tells the server what becomes of its runs."""
-    for process in reversed(running):
-        process.terminate()
-        try:
-            process.wait(timeout=STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _start(module: str, environment: dict[str, str], *arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, stdout=subprocess.DEVNULL)
+        # The worker first: it tells the server what becomes of its runs.
+        for process in reversed(running):
+            stop(process)
 
 
 if __name__ == "__main__":

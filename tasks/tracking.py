@@ -16,7 +16,9 @@ from prefect.events.clients import NullEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.logging import get_run_logger
 from prefect.logging.handlers import APILogHandler
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tasks.server import start_own_server
 
 ANSWER_SECONDS = 30.0
 """A server under load may be that slow."""
@@ -92,7 +94,8 @@ def run_tracked(run: Callable[[], T]) -> T:
     """
     address = PREFECT_API_URL.value()
     if address is None:
-        return run()
+        with _own_server():
+            return run()
     if _answers(address):
         try:
             return run()
@@ -104,7 +107,10 @@ def run_tracked(run: Callable[[], T]) -> T:
         loss = "knows nothing of this run: no page, logs or artifacts there"
     print(f"The Prefect server at {address} does not answer: going on with a temporary one.", file=sys.stderr)
     try:
-        with _temporary_server():
+        _speak_again(address)
+        with _own_server():
+            # Nobody will look at it: it is asked for no more than a flow needs to run.
+            _looked[_address()] = math.inf
             return run()
     finally:
         print(
@@ -115,15 +121,15 @@ def run_tracked(run: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _temporary_server() -> Generator[None]:
-    named = os.environ.pop("PREFECT_API_URL", None)
-    _speak_again(_address())
+def _own_server() -> Generator[None]:
+    # Processes that a run starts read the environment.
+    named = os.environ.get("PREFECT_API_URL")
+    os.environ["PREFECT_API_URL"] = address = start_own_server()
     try:
-        with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
-            # Nobody will look at it: it is asked for no more than a flow needs to run.
-            _looked[_address()] = math.inf
+        with temporary_settings({PREFECT_API_URL: address}):
             yield
     finally:
+        os.environ.pop("PREFECT_API_URL")
         if named is not None:
             os.environ["PREFECT_API_URL"] = named
 

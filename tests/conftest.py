@@ -12,13 +12,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
+from servers import make_database, make_server
 from small_catalogues import scanner
 from small_runs import WarmParent
 
@@ -99,15 +102,32 @@ def changed(checkpoints: dict[str, str], tmp_path: Path) -> Callable[[str], Path
     return lambda name: Path(shutil.copytree(checkpoints[name], tmp_path / name))
 
 
-@pytest.fixture(scope="module")
-def prefect_storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Prefect server for the module, which takes ten seconds to start, and the folder in which it keeps results."""
-    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
+@pytest.fixture(scope="session")
+def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of a Prefect server that did nothing, for others to begin with; test workers share it."""
+    own = tmp_path_factory.getbasetemp()
+    path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "prepared.db"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make_database(path, tmp_path_factory.mktemp("prepared"))
+    return path
 
+
+@pytest.fixture(scope="module")
+def prefect_storage(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Path]:
+    """A Prefect server for the module, and the folder in which flows keep Prefect's results."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    server = make_server(tmp_path_factory.mktemp("server"), database=prefect_database)
     folder = tmp_path_factory.mktemp("results")
-    with prefect_test_harness(server_startup_timeout=180), temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder}):
+    api = server.environment["PREFECT_API_URL"]
+    with server.running(), temporary_settings({PREFECT_API_URL: api, PREFECT_LOCAL_STORAGE_PATH: folder}):
         yield folder
+        with suppress(RuntimeError):  # Where no flow ran, there is no worker.
+            APILogWorker.instance().drain()
+        EventsWorker.drain_all()
 
 
 @pytest.fixture

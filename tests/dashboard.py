@@ -14,8 +14,9 @@ from pathlib import Path
 
 import httpx
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from servers import give_database
 
-from deployments.up import free_port
+from tasks.server import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
@@ -24,8 +25,14 @@ PATIENCE_MS = 120_000
 
 
 @contextmanager
-def started_dashboard(folder: Path) -> Iterator[str]:
-    """Start what `make up` starts, with `folder` as the place where runs work; yield the server's address."""
+def started_dashboard(folder: Path, *, database: Path | None = None) -> Iterator[str]:
+    """Start what `make up` starts, with `folder` as the place where runs work; yield the server's address.
+
+    Args:
+        database: see `servers.make_server`.
+    """
+    if database:
+        give_database(folder / "prefect", database)
     address = f"http://127.0.0.1:{(port := free_port())}"
     named = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_API_PORT": str(port)}
     quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_LOGGING_EXTRA_LOGGERS": "semids"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +19,10 @@ from typing import Any
 import httpx
 import psutil
 
-from deployments.up import address_settings, free_port, wait_for_server
+from tasks.server import QUIET, address_settings, free_port, wait_for_server
 
 NODE_SECONDS = 180
+DATABASE = "prefect.db"
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Server:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the server, and return once it answers."""
-        command = [sys.executable, "-m", "deployments.server"]
+        command = [sys.executable, "-m", "tasks.server"]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
         wait_for_server(process, self.address)
@@ -60,16 +63,36 @@ class Server:
         return answer.json()
 
 
-def make_server(folder: Path, **settings: str) -> Server:
-    """Return a server that is not started yet, with further settings."""
+def make_server(folder: Path, *, database: Path | None = None, **settings: str) -> Server:
+    """Return a server that is not started yet, with further settings.
+
+    Args:
+        database: what a server has left that did nothing; making that takes ten seconds.
+    """
     address, named = address_settings("127.0.0.1", str(free_port()))
     named |= {
         "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     }
     others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    if database:
+        give_database(folder / "prefect", database)
     return Server(folder, address, others | named | settings)
+
+
+def give_database(home: Path, database: Path) -> None:
+    """Have the servers of a new PREFECT_HOME begin with a copy of a database."""
+    home.mkdir()
+    shutil.copy(database, home / DATABASE)
+
+
+def make_database(path: Path, folder: Path) -> None:
+    """Write the database of a server that did nothing; it works in `folder`."""
+    server = make_server(folder, **QUIET)
+    with server.running():
+        pass
+    with closing(sqlite3.connect(folder / "prefect" / DATABASE)) as database:
+        database.execute("VACUUM INTO ?", [str(path)])
 
 
 @contextmanager

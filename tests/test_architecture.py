@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "semids": {"semids"},
     "tasks": {"semids", "tasks", "prefect"},
     "flows": {"tasks", "flows", "prefect"},
-    "deployments": {"flows", "deployments", "prefect"},
+    "deployments": {"tasks", "flows", "deployments", "prefect"},
 }
 OURS = {*MAY_IMPORT, "prefect"}
 

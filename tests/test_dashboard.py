@@ -39,8 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(place: Path) -> Iterator[str]:
-    with started_dashboard(place) as address:
+def address(place: Path, prefect_database: Path) -> Iterator[str]:
+    with started_dashboard(place, database=prefect_database) as address:
         yield address
 
 
@@ -101,9 +101,12 @@ def test_wrong_input_is_refused_by_name_before_a_run_exists(address: str, versio
         assert re.search(r"shapes|Shapes", dashboard.text())
 
 
-def test_a_server_with_an_auth_string_shows_its_deployments_to_those_who_give_it(tmp_path: Path) -> None:
+def test_a_server_with_an_auth_string_shows_its_deployments_to_those_who_give_it(
+    tmp_path: Path, prefect_database: Path
+) -> None:
     secret = "semids:let me in"
-    server = make_server(tmp_path, PREFECT_SERVER_API_AUTH_STRING=secret, PREFECT_API_AUTH_STRING=secret)
+    named = {"PREFECT_SERVER_API_AUTH_STRING": secret, "PREFECT_API_AUTH_STRING": secret}
+    server = make_server(tmp_path, database=prefect_database, **named)
     with server.running(), started_browser() as browser:
         apply = [sys.executable, "-m", "deployments.apply"]
         subprocess.run(apply, env=server.environment, cwd=tmp_path, check=True)

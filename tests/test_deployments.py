@@ -7,7 +7,6 @@ import inspect
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 from servers import make_server
 
 from deployments import apply
@@ -30,12 +28,6 @@ from semids.settings import Settings
 
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load(apply.PREFECT_FILE.read_text())["deployments"]
 CONFIGS = {"build": BuildConfig, "sweep": SweepConfig, "encode_new_items": EncodeConfig}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
 
 
 def test_names_are_distinct() -> None:
@@ -65,7 +57,7 @@ def test_the_default_sweep_is_six_shapes_by_three_mappings_on_a_schedule_that_is
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("prefect")
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("prefect_storage")
 def test_registering_twice_leaves_one_of_each() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
@@ -94,7 +86,7 @@ def test_registering_twice_leaves_one_of_each() -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("prefect")
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("prefect_storage")
 def test_registering_again_leaves_what_was_set_in_the_dashboard() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
@@ -164,15 +156,3 @@ def test_every_field_of_a_form_has_a_title_and_a_sentence_and_none_is_a_box_of_j
                 assert field.get("properties"), place
             if field.get("type") == "array":
                 assert field["items"].get("type") in {"string", "integer", "number"}, place
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("prefect")
-def test_a_flow_runs_beside_a_server_of_its_own_and_its_exit_code_is_returned(tmp_path: Path) -> None:
-    environment = make_server(tmp_path).environment
-    # The address that is set answers nobody: the one of the new server must take its place.
-    for arguments, code in ((["work-pool", "ls"], 0), (["work-pool", "inspect", "absent"], 1)):
-        command = [sys.executable, "-m", "deployments.run", "prefect", *arguments]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert ended.returncode == code, ended.stdout + ended.stderr
-        assert "Can't connect" not in ended.stdout + ended.stderr

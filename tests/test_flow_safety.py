@@ -89,7 +89,6 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Flow:
         "HOME": str(folder / "home"),
         "MPLCONFIGDIR": str(folder / "matplotlib"),
         "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "semids",
         "PREFECT_LOGGING_COLORS": "false",

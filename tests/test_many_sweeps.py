@@ -18,7 +18,7 @@ import yaml
 from conftest import clustered_vectors
 from servers import Server, make_server
 
-from deployments.up import free_port
+from tasks.server import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("many-sweeps")]
 
@@ -93,8 +93,9 @@ def check_states(server: Server) -> None:
         time.sleep(1)
 
 
-def test_four_sweeps_at_once_on_sqlite(tmp_path: Path) -> None:
-    server = make_server(tmp_path)
+def test_four_sweeps_at_once_on_sqlite(tmp_path: Path, prefect_database: Path) -> None:
+    """Guard: `make_writers_queue` in `tasks.server`."""
+    server = make_server(tmp_path, database=prefect_database, PREFECT_SERVER_LOG_RETRYABLE_ERRORS="true")
     with server.running():
         run_sweeps(server)
         check_states(server)

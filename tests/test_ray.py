@@ -35,11 +35,11 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Server]:
     """A Prefect server that runs, and in its folder vectors of several shards."""
     folder = tmp_path_factory.mktemp("spread")
     np.save(folder / "vectors.npy", clustered_vectors(ROWS, 16).astype(np.float16))
-    server = make_server(folder)
+    server = make_server(folder, database=prefect_database)
     with server.running():
         yield server
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import clustered_vectors
 from small_runs import published
 
-from deployments.up import free_port
 from semids.cli import main
 from semids.errors import StorageError, UsageError
 from semids.remote import DIGESTS, INPUTS, fetch, push
+from tasks.server import free_port
 
 moto_server = pytest.importorskip("moto.server", reason="the extra `dev` brings what speaks S3")
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: the extra `s3` brings it")

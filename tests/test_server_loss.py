@@ -28,10 +28,10 @@ MAPPINGS = ["nearest", "capacity"]
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Server:
+def server(tmp_path: Path, prefect_database: Path) -> Server:
     """A server of which nothing is started yet, and vectors in its folder."""
     np.save(tmp_path / "vectors.npy", clustered_vectors(30_000, 64))
-    return make_server(tmp_path)
+    return make_server(tmp_path, database=prefect_database)
 
 
 def write_config(server: Server, name: str, values: dict[str, Any]) -> str:

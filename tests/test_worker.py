@@ -104,8 +104,8 @@ class Services:
 
 
 @pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    server = make_server(tmp_path_factory.mktemp("worker"))
+def services(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Services]:
+    server = make_server(tmp_path_factory.mktemp("worker"), database=prefect_database)
     with server.running():
         subprocess.run(
             [sys.executable, "-m", "deployments.apply"], env=server.environment, cwd=server.folder, check=True
