@@ -22,7 +22,7 @@ from prefect.serializers import JSONSerializer
 from semids.errors import CorruptionError, ProcessError, SemidsError, StorageError
 from semids.stages import Ref, Stage, run_stage
 from semids.store import digest_json
-from tasks.tracking import prefer_tracked
+from tasks.tracking import greet_server, prefer_tracked
 
 FIRST_PROGRESS_SECONDS = 10.0
 PROGRESS_EVERY_SECONDS = 10.0
@@ -157,5 +157,9 @@ def run_as_task(folder: str, stage: Stage, *, hours: float, tags: tuple[str, ...
             ref = tagged.with_options(refresh_cache=True)(folder, stage)
         return ref
 
+    def run_shown() -> Ref:
+        greet_server()
+        return run(tags)
+
     # A task without tags asks the server for nothing before it runs.
-    return prefer_tracked(lambda: run(tags), lambda: run(()))
+    return prefer_tracked(run_shown, lambda: run(()))

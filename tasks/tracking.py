@@ -8,7 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TypeVar
 
 import httpx
@@ -51,6 +52,19 @@ def prefer_tracked(tracked: Callable[[], T], untracked: Callable[[], T]) -> T:
             )
             _go_quiet(address)
     return untracked()
+
+
+def greet_server() -> None:
+    """Return if there is a server, however slow; tasks without tags ask it for nothing by themselves.
+
+    What they tell it is sent in the background, which tries seconds for each word, also at the end of the process.
+
+    Raises:
+        httpx.TransportError: nobody listens any more at its address.
+    """
+    if address := _address():
+        with suppress(httpx.TimeoutException):
+            _client().get(f"{address}/health", timeout=GLANCE_SECONDS)
 
 
 @contextmanager
@@ -107,7 +121,8 @@ def run_tracked(run: Callable[[], T]) -> T:
         loss = "knows nothing of this run: no page, logs or artifacts there"
     print(f"The Prefect server at {address} does not answer: going on with a temporary one.", file=sys.stderr)
     try:
-        _speak_again(address)
+        # What is still to be sent to the one would be tried for minutes before what is for the other.
+        _go_quiet(address)
         with _own_server():
             # Nobody will look at it: it is asked for no more than a flow needs to run.
             _looked[_address()] = math.inf
@@ -171,8 +186,14 @@ def _is_heard(record: logging.LogRecord) -> bool:
     return False
 
 
+@cache
+def _client() -> httpx.Client:
+    # Reading its certificates takes longer than asking.
+    return httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
+
+
 def _answers(address: str, seconds: float = ANSWER_SECONDS) -> bool:
     try:
-        return httpx.get(f"{address}/health", timeout=seconds).is_success
+        return _client().get(f"{address}/health", timeout=seconds).is_success
     except httpx.TransportError:
         return False
