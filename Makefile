@@ -26,7 +26,7 @@ runs/sample.parquet: | install
 	$(BIN)/semids sample $@
 
 run: install runs/sample.parquet
-	$(BIN)/python -m flows.sweep deployments/configs/sample-sweep.yaml
+	env -u PREFECT_API_URL $(BIN)/python -m flows.sweep deployments/configs/sample-sweep.yaml
 
 test: install
 	$(BIN)/python -m pytest -n 3 --dist loadgroup

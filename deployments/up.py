@@ -14,7 +14,7 @@ import time
 from types import FrameType
 
 from deployments.apply import PROCESS_POOL
-from tasks.server import address_settings, start_server, stop, wait_for_server
+from tasks.server import ServerError, address_settings, start_server, stop, wait_for_server
 
 
 def is_free(host: str, port: str) -> bool:
@@ -60,6 +60,9 @@ def main() -> int:
         while all(process.poll() is None for process in running):
             time.sleep(0.5)
         print("The server or the worker has ended; see above.", file=sys.stderr)
+        return 1
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0

@@ -14,6 +14,7 @@ from semids.cli import exit_code_of
 from semids.config import BuildConfig, EncodeConfig, SweepConfig, make_config, read_config
 from semids.errors import UsageError
 from semids.stages import Ref
+from tasks.server import ServerError
 from tasks.tracking import run_tracked
 
 HEARTBEAT_SECONDS = 30
@@ -50,5 +51,9 @@ def start(kind: type[BuildConfig | SweepConfig | EncodeConfig], run: Callable[[A
     configured: list[Any] = []
     if code := exit_code_of(read):
         return code
-    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: HEARTBEAT_SECONDS}):
-        return run_tracked(lambda: run(configured[0]))
+    try:
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: HEARTBEAT_SECONDS}):
+            return run_tracked(lambda: run(configured[0]))
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -18,27 +18,41 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 START_SECONDS = 180
+"""A new database on busy processors takes longer than a minute."""
 STOP_SECONDS = 40
-ATTACHED = "--attached"
+"""Services end their rounds before the server ends."""
+START_ATTEMPTS = 3
+"""Another process may take the free port before the server does."""
+ATTACHED_FLAG = "--attached"
 """The server ends with the process that started it, however that ends."""
-SERVICES = ("EVENT_PERSISTER", "TRIGGERS", "SCHEDULER", "LATE_RUNS", "FOREMAN")
-QUIET = dict.fromkeys(
-    ["PREFECT_SERVER_ANALYTICS_ENABLED", *(f"PREFECT_SERVER_SERVICES_{service}_ENABLED" for service in SERVICES)],
+UNUSED_SERVICES = ("EVENT_PERSISTER", "TRIGGERS", "SCHEDULER", "LATE_RUNS", "FOREMAN")
+ONE_RUN_SETTINGS = dict.fromkeys(
+    [
+        "PREFECT_SERVER_ANALYTICS_ENABLED",
+        "PREFECT_SERVER_UI_ENABLED",
+        *(f"PREFECT_SERVER_SERVICES_{service}_ENABLED" for service in UNUSED_SERVICES),
+    ],
     "false",
 )
-"""Settings of a server that lives for one run: nobody reads its feed or starts runs from it, and SQLite is spared."""
-RECORDER = {
+"""Of a server that lives for one run: nobody reads its feed or starts runs from it, and SQLite is spared."""
+RECORDER_SETTINGS = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
 }
-"""What becomes of tasks is written down once a second, not at each of their steps, which takes twice the processor."""
+"""States of tasks are written once a second, together; Prefect writes each in a transaction of its own."""
+
+
+class ServerError(RuntimeError):
+    """A server did not start; the message says why, in its words."""
 
 
 def free_port() -> int:
@@ -59,32 +73,39 @@ def address_settings(host: str, port: str) -> tuple[str, dict[str, str]]:
 
 
 def start_server(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a server that ends with this process, and is out of reach of its terminal's Ctrl-C; it shows its errors."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tasks.server", ATTACHED],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    """Start a server that ends with this process, and is out of reach of its terminal's Ctrl-C; it shows its errors.
+
+    It ends, too, when what is returned is no longer kept: that closes its input.
+    """
+    command = [sys.executable, "-m", "tasks.server", ATTACHED_FLAG]
+    words = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the server
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=words, start_new_session=True)
+    server.stdout = words
+    return server
 
 
 def wait_for_server(server: subprocess.Popen[bytes], address: str) -> None:
     """Return once the server answers.
 
     Raises:
-        RuntimeError: it ended, or did not answer in time; its own words are on standard error.
+        ServerError: it ended, or did not answer in time.
     """
+    # Loopback is not behind a proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise RuntimeError(f"the Prefect server ended with code {server.returncode}; see above")
+        answers = False
         try:
-            with urllib.request.urlopen(f"{address}/api/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
+            with opener.open(f"{address}/api/health", timeout=2):
+                answers = True
+        except (urllib.error.URLError, HTTPException, OSError):
             time.sleep(0.1)
-    raise RuntimeError(f"the Prefect server did not answer at {address} within {START_SECONDS} s")
+        # One that has ended did not answer: somebody else has its port.
+        if server.poll() is not None:
+            raise ServerError(f"the Prefect server at {address} ended with code {server.returncode}{_words(server)}")
+        if answers:
+            return
+    raise ServerError(f"the Prefect server at {address} did not answer within {START_SECONDS} s{_words(server)}")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -94,22 +115,42 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(timeout=STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()
 
 
 def start_own_server() -> str:
-    """Start a server for this process alone, which ends after what Prefect sends at the process's end.
+    """Start a server for the run of this process, which ends with the process.
 
     Returns:
         The address of its API.
 
     Raises:
-        RuntimeError: see `wait_for_server`.
+        ServerError: see `wait_for_server`.
     """
-    address, named = address_settings("127.0.0.1", str(free_port()))
-    server = start_server(QUIET | os.environ | named)
-    atexit.register(stop, server)
-    wait_for_server(server, address)
-    return named["PREFECT_API_URL"]
+    from prefect.settings.context import get_current_settings
+
+    chosen = get_current_settings().to_environment_variables(exclude_unset=True)
+    for attempt in range(START_ATTEMPTS):
+        address, named = address_settings("127.0.0.1", str(free_port()))
+        server = start_server(ONE_RUN_SETTINGS | chosen | os.environ | named)
+        # Prefect sends its last words before functions registered here are called. This also keeps the server.
+        atexit.register(stop, server)
+        try:
+            wait_for_server(server, address)
+        except ServerError:
+            if server.poll() is None or attempt == START_ATTEMPTS - 1:
+                raise
+        else:
+            return named["PREFECT_API_URL"]
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _words(server: subprocess.Popen[bytes]) -> str:
+    """Return what a server has printed, as the end of a sentence."""
+    if server.stdout is None:
+        return ""
+    server.stdout.seek(0)
+    return f": {server.stdout.read().decode(errors='replace').strip()}"
 
 
 def make_writers_queue() -> None:
@@ -125,15 +166,19 @@ def make_writers_queue() -> None:
 
 
 def _end_with_input() -> None:
-    sys.stdin.buffer.read()
+    # Not by `sys.stdin`, whose lock would still be held as the interpreter ends.
+    while os.read(0, 4096):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_SECONDS)
+    os._exit(1)
 
 
 if __name__ == "__main__":
     make_writers_queue()
-    for name, value in RECORDER.items():
+    for name, value in RECORDER_SETTINGS.items():
         os.environ.setdefault(name, value)
-    if ATTACHED in sys.argv:
+    if ATTACHED_FLAG in sys.argv:
         threading.Thread(target=_end_with_input, daemon=True).start()
     sys.argv = ["prefect", "server", "start"]
     runpy.run_module("prefect", run_name="__main__", alter_sys=True)

@@ -23,8 +23,8 @@ AnyConfig = TypeVar("AnyConfig", bound=CommonConfig)
 GPU = ("gpu",) if any(driver.exists() for driver in DRIVERS) else ()
 """The tag of stages that use a GPU, where there is one: the limit on it must not make CPUs wait for one another.
 
-No stage has another: before a task with a tag runs, it asks the server whether a limit on it has room, which SQLite
-refuses while it records another task, and Prefect's client asks again after seconds.
+No stage has another: before a task with tags runs, it asks the server whether limits on them have room. A server as
+Prefect starts it on SQLite refuses that while it records another task, and its client asks again after two seconds.
 """
 
 

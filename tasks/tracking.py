@@ -99,17 +99,20 @@ def is_loss(error: BaseException) -> bool:
 
 
 def run_tracked(run: Callable[[], T]) -> T:
-    """Run a flow with the Prefect server that the settings name, or a temporary one where that does not answer.
+    """Run a flow with the Prefect server that the settings name, or one of its own where they name none or it is gone.
 
     A server that goes away during the run loses the rest of its page. The flow then ends without a state, and is run
-    again with a temporary server, which takes seconds: what is done is found by its files.
+    again with a server of its own, which takes seconds: what is done is found by its files.
     A flow that is started from a deployment was asked for by a server that is there; this is for those that a shell
     starts.
+
+    Raises:
+        ServerError: no server of its own could be started.
     """
     address = PREFECT_API_URL.value()
     if address is None:
         with _own_server():
-            return run()
+            return run_tracked(run)
     if _answers(address):
         try:
             return run()
@@ -119,7 +122,7 @@ def run_tracked(run: Callable[[], T]) -> T:
         loss = "stopped answering during this run: its page there, logs and artifacts are not complete"
     else:
         loss = "knows nothing of this run: no page, logs or artifacts there"
-    print(f"The Prefect server at {address} does not answer: going on with a temporary one.", file=sys.stderr)
+    print(f"The Prefect server at {address} does not answer: going on with one of this run alone.", file=sys.stderr)
     try:
         # What is still to be sent to the one would be tried for minutes before what is for the other.
         _go_quiet(address)
@@ -144,7 +147,7 @@ def _own_server() -> Generator[None]:
         with temporary_settings({PREFECT_API_URL: address}):
             yield
     finally:
-        os.environ.pop("PREFECT_API_URL")
+        os.environ.pop("PREFECT_API_URL", None)
         if named is not None:
             os.environ["PREFECT_API_URL"] = named
 

@@ -12,7 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -125,8 +124,7 @@ def prefect_storage(tmp_path_factory: pytest.TempPathFactory, prefect_database: 
     api = server.environment["PREFECT_API_URL"]
     with server.running(), temporary_settings({PREFECT_API_URL: api, PREFECT_LOCAL_STORAGE_PATH: folder}):
         yield folder
-        with suppress(RuntimeError):  # Where no flow ran, there is no worker.
-            APILogWorker.instance().drain()
+        APILogWorker.drain_all()
         EventsWorker.drain_all()
 
 

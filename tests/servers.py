@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tasks.server import QUIET, address_settings, free_port, wait_for_server
+from tasks.server import ONE_RUN_SETTINGS, address_settings, free_port, wait_for_server
 
 NODE_SECONDS = 180
 DATABASE = "prefect.db"
@@ -88,11 +88,12 @@ def give_database(home: Path, database: Path) -> None:
 
 def make_database(path: Path, folder: Path) -> None:
     """Write the database of a server that did nothing; it works in `folder`."""
-    server = make_server(folder, **QUIET)
+    server = make_server(folder, **ONE_RUN_SETTINGS)
     with server.running():
         pass
     with closing(sqlite3.connect(folder / "prefect" / DATABASE)) as database:
-        database.execute("VACUUM INTO ?", [str(path)])
+        database.execute("VACUUM INTO ?", [f"{path}.part"])
+    Path(f"{path}.part").rename(path)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ IDS = [
     "x\n",
 ]
 TIMEOUT_S = 300
-# Every process of the run imports it, the temporary server's as well.
+# Every process of the run imports it, those of its server as well.
 WATCH = """
 import os, sys
 def write(*words):
@@ -119,7 +119,8 @@ def test_a_secret_in_the_environment_is_nowhere_in_what_a_flow_leaves(flow: Flow
     assert len(list((flow.folder / "prefect" / "storage").iterdir())) >= 8
     for path in files:
         assert SECRET.encode() not in path.read_bytes(), path
-    # The failed cell's error is in the log of its run.
+    # The failed cell's error is in the log of its run, and what was told last is written down, too.
+    assert {state for (state,) in flow.select("select distinct state_type from task_run")} == {"COMPLETED", "FAILED"}
     assert any("got 120 items for 512 codewords" in message for (message,) in flow.select("select message from log"))
 
 

@@ -1,4 +1,4 @@
-"""The flows on a real, temporary Prefect server: artifacts, caching, retries, failing cells, object stores."""
+"""The flows on a real Prefect server: artifacts, caching, retries, failing cells, object stores."""
 
 from __future__ import annotations
 
