@@ -15,6 +15,8 @@ import tiny_models
 import yaml
 from small_runs import write_catalogue
 
+from tasks.stages import GPU
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flow-safety")]
 
 SECRET = "kQ7vXw2pLz9secret"
@@ -122,6 +124,12 @@ def test_a_secret_in_the_environment_is_nowhere_in_what_a_flow_leaves(flow: Flow
     # The failed cell's error is in the log of its run, and what was told last is written down, too.
     assert {state for (state,) in flow.select("select distinct state_type from task_run")} == {"COMPLETED", "FAILED"}
     assert any("got 120 items for 512 codewords" in message for (message,) in flow.select("select message from log"))
+
+
+def test_no_task_has_a_tag_but_those_that_use_a_gpu(flow: Flow) -> None:
+    """Guard: a task with tags asks the server before it runs, which `greet_server` does for less."""
+    tags = {tag for (listed,) in flow.select("select distinct tags from task_run") for tag in json.loads(listed)}
+    assert tags == set(GPU)
 
 
 def test_a_flow_and_its_server_connect_to_loopback_alone(flow: Flow) -> None:
