@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semids.arrays import Codes, Vectors
+from semids.centroids import move_codewords
 from semids.memory import DRIVERS
 
 if TYPE_CHECKING:
@@ -268,11 +269,7 @@ class DeviceLloyd:
         return DeviceRows(self._rows[chosen], self._norms[chosen], self._weights[chosen])
 
     def step(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
-        """Return the moved (K, d) centroids, and the rows' mean squared distance to those they were moved from.
-
-        A centroid that has no row takes its place beside the one of the most weight, as FAISS splits clusters
-        (Johnson et al. 2019): the two move apart by a thousandth, and share its weight.
-        """
+        """Return the moved (K, d) centroids, and the rows' mean squared distance to those they were moved from."""
         import torch
 
         device = self._rows.device
@@ -291,16 +288,5 @@ class DeviceLloyd:
             chosen.scatter_(1, codes[:, None], self._weights[part, None])
             sums += (chosen.T @ rows).double()
             counts += chosen.sum(dim=0, dtype=torch.float64)
-        moved = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1e-30), given.double())
-        centroids = _split_empty(moved.float().cpu().numpy(), counts.cpu().numpy())
+        centroids = move_codewords(centroids, sums.cpu().numpy(), counts.cpu().numpy())
         return centroids, float(distances) / len(self._rows)
-
-
-def _split_empty(centroids: NDArray[np.float32], counts: NDArray[np.float64]) -> NDArray[np.float32]:
-    apart = np.where(np.arange(centroids.shape[1]) % 2 == 0, 1 + 1 / 1024, 1 - 1 / 1024).astype(np.float32)
-    for empty in np.flatnonzero(counts == 0):
-        largest = int(counts.argmax())
-        centroids[empty] = centroids[largest] * apart
-        centroids[largest] *= 2 - apart
-        counts[empty] = counts[largest] = counts[largest] / 2
-    return centroids

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from semids.arrays import Vectors
+from semids.centroids import move_codewords
 from semids.device import STEP_BYTES, DeviceLloyd, accelerator
 from semids.errors import UsageError
 from semids.memory import device_free_bytes
+from semids.parallel import in_order, slices
 from semids.starts import HostRows, StartRows, choose_starts, start_rows
 
 ROWS_PER_CODEWORD = 1024
 """Training rows a codeword: 256, FAISS's habit, costs 2 % of error; more than 1,024 gains under 0.5 %."""
 SAMPLE_BYTES = 4 << 30
 """Largest training sample: 1,024 rows a codeword for up to 1,024 codewords of 1,024 dimensions, or 256 of 4,096."""
+PART_ROWS, PART_ROWS_PER_CODEWORD = 4096, 2
+"""Rows that a thread searches at a time, at least: few enough for many threads, many enough for the sums of a part to
+be less than its rows."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,10 @@ def draw_starts(
 
 
 class _FaissLloyd:
-    """Lloyd steps as `faiss.Kmeans` takes them, one a call, so that each can be told of: all in one call are the same.
+    """Lloyd steps on rows in memory, whose bytes are the same for any number of threads.
+
+    Those of `faiss.Kmeans` are not: they depend on how its threads share a product. Here each thread has FAISS search
+    parts of the rows, one product in one thread each, which takes no longer.
 
     Args:
         rows: (n, d) float32.
@@ -157,25 +167,38 @@ class _FaissLloyd:
     """
 
     def __init__(self, rows: NDArray[np.float32], size: int, weights: NDArray[np.float32] | None) -> None:
-        self._faiss, self._rows, self._size, self._weights = _import_faiss(), rows, size, weights
+        self._faiss, self._rows, self._size = _import_faiss(), rows, size
+        self._weights = np.ones(len(rows), np.float32) if weights is None else weights
 
     def select(self, numbers: NDArray[np.int64]) -> StartRows:
         """Return some of the rows, to choose starts among."""
-        weights = np.ones(len(numbers), np.float32) if self._weights is None else self._weights[numbers]
-        return HostRows(self._rows[numbers], weights)
+        return HostRows(self._rows[numbers], self._weights[numbers])
 
     def step(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
         """Return the moved centroids, and the mean squared distance of the rows to those they were moved from."""
-        kmeans = self._faiss.Kmeans(
-            self._rows.shape[1],
-            self._size,
-            niter=1,
-            # The caller has drawn the sample: FAISS must neither thin it nor warn that it is small.
-            max_points_per_centroid=len(self._rows),
-            min_points_per_centroid=1,
-        )
-        objective = float(kmeans.train(self._rows, weights=self._weights, init_centroids=centroids))
-        return np.array(kmeans.centroids), objective / len(self._rows)
+        sums, counts, distance = np.zeros(centroids.shape), np.zeros(self._size), 0.0
+        parts = slices(len(self._rows), max(PART_ROWS, PART_ROWS_PER_CODEWORD * self._size))
+        for part_sums, part_counts, part_distance in in_order(partial(self._sum_part, centroids), parts):
+            sums += part_sums
+            counts += part_counts
+            distance += part_distance
+        return move_codewords(centroids, sums, counts), distance / len(self._rows)
+
+    def _sum_part(
+        self, centroids: NDArray[np.float32], part: slice
+    ) -> tuple[NDArray[np.float32], NDArray[Any], float]:
+        """Return the (K, d) weighted sums and (K,) weights of the rows nearest to each codeword, and their distance."""
+        rows, weights = self._rows[part], self._weights[part]
+        # For this thread alone, which may be one that others share FAISS's threads with.
+        threads = self._faiss.omp_get_max_threads()
+        self._faiss.omp_set_num_threads(1)
+        try:
+            distances, codes = self._faiss.knn(rows, centroids, 1)
+        finally:
+            self._faiss.omp_set_num_threads(threads)
+        chosen = csr_array((weights, codes[:, 0], np.arange(len(rows) + 1)), shape=(len(rows), self._size))
+        counts = np.bincount(codes[:, 0], weights=weights, minlength=self._size)
+        return chosen.T @ rows, counts, float(distances.sum(dtype=np.float64))
 
 
 def distinct_rows(rows: NDArray[np.float32], *, at_most: int) -> NDArray[np.float32] | None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from semids.calibration import PROBE_ENTRIES, draw_rows
-from semids.kmeans import Lloyd, draw_starts, lloyd_stepper
+from semids.kmeans import PART_ROWS, PART_ROWS_PER_CODEWORD, Lloyd, draw_starts, lloyd_stepper
+from semids.parallel import AHEAD, thread_count
 from semids.starts import CANDIDATES, ROWS_PER_START, start_rows
 from semids.work import Probe, Work
 
@@ -60,4 +61,8 @@ def lloyd_work(size: int, dimensions: int, rows: int, lloyd: Lloyd) -> Work:
         fitting(size, dimensions): lloyd.restarts * lloyd.iterations * rows * size,
     }
     # A copy of the rows that are chosen among, and distances to candidates: new ones, lowered ones, those before.
-    return Work(units, memory=4 * seen * (dimensions + 3 * CANDIDATES))
+    starts = 4 * seen * (dimensions + 3 * CANDIDATES)
+    # Sums of the parts that are at work or wait for their turn, and of all.
+    parts = -(-rows // max(PART_ROWS, PART_ROWS_PER_CODEWORD * size))
+    sums = (4 * min(parts, AHEAD * thread_count()) + 16) * size * dimensions
+    return Work(units, memory=max(starts, sums))
