@@ -184,9 +184,7 @@ class _FaissLloyd:
             distance += part_distance
         return move_codewords(centroids, sums, counts), distance / len(self._rows)
 
-    def _sum_part(
-        self, centroids: NDArray[np.float32], part: slice
-    ) -> tuple[NDArray[np.float32], NDArray[Any], float]:
+    def _sum_part(self, centroids: NDArray[np.float32], part: slice) -> tuple[NDArray[np.float32], NDArray[Any], float]:
         """Return the (K, d) weighted sums and (K,) weights of the rows nearest to each codeword, and their distance."""
         rows, weights = self._rows[part], self._weights[part]
         # For this thread alone, which may be one that others share FAISS's threads with.

@@ -28,9 +28,9 @@ SMALL_CODEBOOK = 512
 """Largest codebook whose curvature a probe forms."""
 EXPONENTIALS = 128
 """Multiplications that an entry of a cost matrix takes as long as, in a pass over it."""
-PASSES, LAST_PASSES = 9, 6
-"""Passes over all costs until potentials converge, annealing included: 3 to 11, seldom 100, and fewer where most
-annealing sees a part of the rows; see `balance`."""
+PASSES, FEWER_PASSES = 9, 6
+"""Passes over all costs until potentials converge, annealing on a part of them included: 5 to 17; fewer until they have
+about converged, or where annealing sees few of many rows."""
 SLACK = 8
 """A bound so many times the mean load binds nowhere: the largest of nearest codewords' loads are 3 to 5 times it."""
 ROUNDING_PASSES = 6
@@ -166,15 +166,18 @@ def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, lloyd: Ll
     return replace(sample + fit, memory=memory, disk=codebook_bytes([size], d))
 
 
-def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, coarse: Sequence[int], largest: int) -> Work:
+def uniform_work(
+    level: int, sizes: Sequence[int], counts: Counts, *, most: int, coarse: Sequence[int], largest: int
+) -> Work:
     """Return the work of balancing a level, from 1.
 
     Args:
+        most: rows a codeword that it is balanced on, if there are that many.
         coarse: rows a codeword that each Lloyd step but the last sees.
         largest: bytes of the cost matrix at most.
     """
     size, d = sizes[level - 1], counts.dimensions
-    rows = sample_size(size, counts)
+    rows = min(most * size, sample_size(size, counts))
     fitted = min(rows, largest // (4 * size))
     parts = [min(rows, some * size) for some in coarse]
     # The last of them has its potentials fitted once more; a part that potentials do not see whole is encoded besides.
@@ -186,8 +189,8 @@ def uniform_work(level: int, sizes: Sequence[int], counts: Counts, *, coarse: Se
     held = Work({product: (encoded + sum(fits) + fitted) * size}, memory=4 * (rows + copied) * d + 5 * fitted * size)
     return (
         _sample_work(level, rows, sizes, counts)
-        + Work(fit_work(sum(fits), size, PASSES).units)
-        + fit_work(fitted, size, LAST_PASSES)
+        + Work(fit_work(sum(fits), size, FEWER_PASSES).units)
+        + fit_work(fitted, size, PASSES)
         + Work({refitting(d): sum(parts) + rows}, disk=codebook_bytes([size], d))
         + held
     )
@@ -253,7 +256,7 @@ def placed_work(level: int, sizes: Sequence[int], bounds: Bounds, counts: Counts
     )
     if level == len(sizes) - 1:
         rows = min(contents, COST_BYTES // (4 * size))
-        work += fit_work(rows, size, LAST_PASSES) + Work({encoding([size], d, counts.itemsize): rows * size})
+        work += fit_work(rows, size, FEWER_PASSES) + Work({encoding([size], d, counts.itemsize): rows * size})
     return work
 
 
