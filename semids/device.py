@@ -275,18 +275,20 @@ class DeviceLloyd:
         device = self._rows.device
         given = upload(centroids, device)
         sums = torch.zeros(given.shape, dtype=torch.float64, device=device)
-        counts = torch.zeros(self._size, dtype=torch.float64, device=device)
+        weights, errors = (torch.zeros(self._size, dtype=torch.float64, device=device) for _ in range(2))
         distances = torch.zeros((), dtype=torch.float64, device=device)
         step = max(1, DEVICE_SCORE_BYTES // (4 * self._size))
         for start in range(0, len(self._rows), step):
             part = slice(start, start + step)
             rows = self._rows[part]
             nearest, codes = (given.square().sum(dim=1) - 2 * (rows @ given.T)).min(dim=1)
-            distances += (nearest + self._norms[part]).clamp_(min=0).double().sum()
+            nearest.add_(self._norms[part]).clamp_(min=0)
+            distances += nearest.double().sum()
             # A product instead of scattered additions, whose order differs from run to run on CUDA.
             chosen = torch.zeros((len(rows), self._size), device=device)
             chosen.scatter_(1, codes[:, None], self._weights[part, None])
             sums += (chosen.T @ rows).double()
-            counts += chosen.sum(dim=0, dtype=torch.float64)
-        centroids = move_codewords(centroids, sums.cpu().numpy(), counts.cpu().numpy())
-        return centroids, float(distances) / len(self._rows)
+            weights += chosen.sum(dim=0, dtype=torch.float64)
+            errors += (nearest @ chosen).double()
+        moved = move_codewords(centroids, *(each.cpu().numpy() for each in (sums, weights, errors)))
+        return moved, float(distances) / len(self._rows)

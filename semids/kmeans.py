@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from semids.arrays import Vectors
 from semids.centroids import move_codewords
 from semids.device import STEP_BYTES, DeviceLloyd, accelerator
-from semids.errors import UsageError
+from semids.errors import ShapeError, UsageError
 from semids.memory import device_free_bytes
 from semids.parallel import in_order, slices
 from semids.starts import HostRows, StartRows, choose_starts, start_rows
@@ -23,9 +23,8 @@ ROWS_PER_CODEWORD = 1024
 """Training rows a codeword: 256, FAISS's habit, costs 2 % of error; more than 1,024 gains under 0.5 %."""
 SAMPLE_BYTES = 4 << 30
 """Largest training sample: 1,024 rows a codeword for up to 1,024 codewords of 1,024 dimensions, or 256 of 4,096."""
-PART_ROWS, PART_ROWS_PER_CODEWORD = 4096, 2
-"""Rows that a thread searches at a time, at least: few enough for many threads, many enough for the sums of a part to
-be less than its rows."""
+PARTS, LEAST_PART_ROWS, MOST_PART_ROWS = 64, 256, 4096
+"""Parts that threads search, and the rows of one."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,13 @@ def fit_codebook(
         done: called with the number of Lloyd steps taken, of iterations × restarts in all.
 
     Raises:
-        ShapeError: the rows are not 2-D, not floating point, or not finite.
+        ShapeError: rows are not finite, or their squared lengths are not.
         UsageError: FAISS is not installed, and there is no CUDA device.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
+    # FAISS finds no codeword for others, and says nothing.
+    if not np.isfinite(np.einsum("nd,nd->n", rows, rows)).all():
+        raise ShapeError("expected rows to train on whose squared lengths are finite")
     distinct = distinct_rows(rows, at_most=size)
     if distinct is not None:
         codebook = np.concatenate([distinct, np.repeat(distinct[:1], size - len(distinct), axis=0)])
@@ -154,11 +156,16 @@ def draw_starts(
     return seen[choose_starts(stepper.select(seen), size, rng=rng)]
 
 
+def part_rows(rows: int) -> int:
+    """Return how many of so many rows a thread searches at a time: the same however many threads there are."""
+    return min(max(rows // PARTS, LEAST_PART_ROWS), MOST_PART_ROWS)
+
+
 class _FaissLloyd:
     """Lloyd steps on rows in memory, whose bytes are the same for any number of threads.
 
     Those of `faiss.Kmeans` are not: they depend on how its threads share a product. Here each thread has FAISS search
-    parts of the rows, one product in one thread each, which takes no longer.
+    parts of the rows, one product in one thread each, which took no longer where it was measured.
 
     Args:
         rows: (n, d) float32.
@@ -176,27 +183,32 @@ class _FaissLloyd:
 
     def step(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
         """Return the moved centroids, and the mean squared distance of the rows to those they were moved from."""
-        sums, counts, distance = np.zeros(centroids.shape), np.zeros(self._size), 0.0
-        parts = slices(len(self._rows), max(PART_ROWS, PART_ROWS_PER_CODEWORD * self._size))
-        for part_sums, part_counts, part_distance in in_order(partial(self._sum_part, centroids), parts):
+        sums, weights, errors = np.zeros(centroids.shape), np.zeros(self._size), np.zeros(self._size)
+        distance = 0.0
+        parts = slices(len(self._rows), part_rows(len(self._rows)))
+        for part, (distances, codes, part_sums) in zip(
+            parts, in_order(partial(self._search, centroids), parts), strict=True
+        ):
             sums += part_sums
-            counts += part_counts
-            distance += part_distance
-        return move_codewords(centroids, sums, counts), distance / len(self._rows)
+            weights += np.bincount(codes, self._weights[part], minlength=self._size)
+            errors += np.bincount(codes, self._weights[part] * distances, minlength=self._size)
+            distance += float(distances.sum(dtype=np.float64))
+        return move_codewords(centroids, sums, weights, errors), distance / len(self._rows)
 
-    def _sum_part(self, centroids: NDArray[np.float32], part: slice) -> tuple[NDArray[np.float32], NDArray[Any], float]:
-        """Return the (K, d) weighted sums and (K,) weights of the rows nearest to each codeword, and their distance."""
-        rows, weights = self._rows[part], self._weights[part]
-        # For this thread alone, which may be one that others share FAISS's threads with.
+    def _search(
+        self, centroids: NDArray[np.float32], part: slice
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+        """Return the (n,) squared distances of rows to their codewords, these, and the (K, d) weighted sums."""
+        rows = self._rows[part]
+        # The number is one for each thread; this may be the caller's own, which gets its back.
         threads = self._faiss.omp_get_max_threads()
         self._faiss.omp_set_num_threads(1)
         try:
             distances, codes = self._faiss.knn(rows, centroids, 1)
         finally:
             self._faiss.omp_set_num_threads(threads)
-        chosen = csr_array((weights, codes[:, 0], np.arange(len(rows) + 1)), shape=(len(rows), self._size))
-        counts = np.bincount(codes[:, 0], weights=weights, minlength=self._size)
-        return chosen.T @ rows, counts, float(distances.sum(dtype=np.float64))
+        places = (self._weights[part], codes[:, 0], np.arange(len(rows) + 1))
+        return distances[:, 0], codes[:, 0], csr_array(places, shape=(len(rows), self._size)).T @ rows
 
 
 def distinct_rows(rows: NDArray[np.float32], *, at_most: int) -> NDArray[np.float32] | None:

@@ -118,8 +118,8 @@ def single_threaded_products() -> Generator[None]:
     """Have NumPy and SciPy compute every product of matrices in the thread that asks for it.
 
     The last bits of a product depend on how many threads share it, and that number is one for the whole process (in the
-    wheels of both): cells of a sweep, which are threads of it, would change each other's results. FAISS has a library
-    of its own, whose number is one for each thread; see `kmeans`.
+    wheels of both): cells of a sweep, which are threads of it, would change each other's results. FAISS's library is
+    built with OpenMP, which has a number for each thread; see `kmeans`.
     """
     with _limits.lock:
         if not _limits.regions:

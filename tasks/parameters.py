@@ -42,18 +42,15 @@ def start(kind: type[BuildConfig | SweepConfig | EncodeConfig], run: Callable[[A
     with 1.
     """
 
-    def read() -> int:
+    def run_configured() -> int:
         if len(sys.argv) != 2:
             raise UsageError("expected one argument, the YAML file of the configuration")
-        configured.append(read_config(sys.argv[1], kind))
-        return 0
-
-    configured: list[Any] = []
-    if code := exit_code_of(read):
-        return code
-    try:
+        config = read_config(sys.argv[1], kind)
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: HEARTBEAT_SECONDS}):
-            return run_tracked(lambda: run(configured[0]))
+            return run_tracked(lambda: run(config))
+
+    try:
+        return exit_code_of(run_configured)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_of_equal_codewords_the_first_is_chosen(vectors: np.ndarray) -> None:
     assert set(np.unique(DeviceCodebooks(books, DEVICE).assign(vectors))) <= {0, 3, 6, 9}
 
 
-def test_a_lloyd_step_moves_codewords_where_faiss_moves_them(vectors: np.ndarray) -> None:
+def test_a_lloyd_step_moves_codewords_as_the_processor_does(vectors: np.ndarray) -> None:
     rows, start = vectors.astype(np.float32), vectors[:8].astype(np.float32)
     weights = np.random.default_rng(0).integers(1, 9, len(rows)).astype(np.float32)
     for given in (None, weights):
@@ -104,15 +105,35 @@ def test_a_lloyd_step_moves_codewords_where_faiss_moves_them(vectors: np.ndarray
         assert error == pytest.approx(expected_error, rel=1e-5)
 
 
-def test_codewords_without_rows_split_the_largest(vectors: np.ndarray) -> None:
-    rows = vectors.astype(np.float32)
-    start = np.concatenate([rows[:3], np.full((2, rows.shape[1]), 1e3, np.float32)])
-    stepper = DeviceLloyd(rows, 5, None, DEVICE)
-    centroids, _ = stepper.step(start)
-    for _ in range(3):
+def on_cpu(rows: np.ndarray, size: int, weights: np.ndarray | None) -> kmeans.LloydStepper:
+    return kmeans._FaissLloyd(rows, size, weights)
+
+
+def on_a_device(rows: np.ndarray, size: int, weights: np.ndarray | None) -> kmeans.LloydStepper:
+    return DeviceLloyd(rows, size, weights, DEVICE)
+
+
+@pytest.mark.parametrize("stepper_of", [on_cpu, on_a_device])
+def test_codewords_without_rows_split_where_there_is_something_to_split(
+    stepper_of: Callable[[np.ndarray, int, np.ndarray | None], kmeans.LloydStepper], vectors: np.ndarray
+) -> None:
+    # The codeword of most weight has rows that are all the same: its half would have none for ever.
+    rows = np.concatenate([np.zeros((3000, vectors.shape[1])), vectors]).astype(np.float32)
+    centroids = np.concatenate([rows[:1], vectors[:3], np.full((3, rows.shape[1]), 1e3)]).astype(np.float32)
+    stepper = stepper_of(rows, 7, None)
+    for _ in range(4):
         centroids, _ = stepper.step(centroids)
-    codes = ResidualCodebooks((centroids,), (np.zeros(5, np.float32),)).assign(rows)
-    assert np.bincount(codes[:, 0], minlength=5).min() > 0
+    codes = ResidualCodebooks((centroids,), (np.zeros(7, np.float32),)).assign(rows)
+    assert np.bincount(codes[:, 0], minlength=7).min() > 0
+
+
+def test_codewords_that_leave_no_error_stay_where_they_are() -> None:
+    rows = np.eye(4, dtype=np.float32)
+    centroids = np.concatenate([rows, np.full((2, 4), 9, np.float32)])
+    for stepper in (on_cpu(rows, 6, None), on_a_device(rows, 6, None)):
+        moved, error = stepper.step(centroids)
+        assert np.array_equal(moved, centroids)
+        assert error == 0
 
 
 def test_codebooks_of_a_device_are_as_good_as_faiss_s(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from semids import residual
 from semids.balance import fit_potentials
 from semids.capacity import Bounds
+from semids.kmeans import Lloyd, fit_codebook
 from semids.parallel import in_order, single_threaded_products, thread_count
 from semids.pipeline import make_stage
 from semids.prefixes import assign_within_bounds
@@ -201,7 +202,13 @@ def balanced(vectors: NDArray[np.float32], quantizer: ResidualCodebooks) -> list
     return [fit_potentials(costs, epsilon=0.5, max_iterations=40).values]
 
 
-@pytest.mark.parametrize("work", [encoded, placed, balanced])
+def clustered(vectors: NDArray[np.float32], quantizer: ResidualCodebooks) -> list[NDArray[np.generic]]:
+    weights = np.random.default_rng(1).integers(1, 9, len(vectors)).astype(np.float32)
+    fit = fit_codebook(vectors, 16, Lloyd(5, 2), rng=np.random.default_rng(2), weights=weights)
+    return [fit.codebook, np.array(fit.mean_squared_error)]
+
+
+@pytest.mark.parametrize("work", [encoded, placed, balanced, clustered])
 def test_bytes_do_not_depend_on_the_number_of_threads(
     work: Callable[..., list[NDArray[np.generic]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

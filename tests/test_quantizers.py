@@ -82,8 +82,8 @@ def test_more_codewords_than_rows_keep_an_error_as_low_as_without_bounds(tmp_pat
         tensors, _, _ = train(member, mapping, array, np.arange(len(rows)), sizes=(128, 128, 128))
         frozen = member.freeze(tensors)
         errors[mapping] = float(frozen.squared_errors(rows, frozen.encode(rows))[:, -1].mean())
-    # Both are what rounding leaves; least squares over 384 codewords end at 8 times the error.
-    assert errors["capacity"] < 2 * errors["nearest"]
+    # Of rows 24 long, squared: rounding leaves 8e-15 of both. Least squares over 384 codewords left 8 times that.
+    assert max(errors.values()) < 3e-14
 
 
 def test_a_training_sample_is_bounded_in_bytes(

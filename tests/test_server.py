@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+import yaml
 from servers import make_server
 
 from tasks.server import ServerError, address_settings, start_server, wait_for_server
@@ -53,3 +57,30 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         server = start_server(make_server(tmp_path).environment | named)
         with pytest.raises(ServerError, match=r"ended with code 1: [^$]*already in use"):
             wait_for_server(server, address)
+
+
+def test_a_run_that_is_interrupted_while_its_server_starts_says_so(tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", np.eye(8, dtype=np.float32))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"catalogue": {"path": str(tmp_path / "vectors.npy")}, "shape": "2x2"}))
+    environment = make_server(tmp_path).environment
+    del environment["PREFECT_API_URL"]
+    command = [sys.executable, "-m", "flows.build", str(config)]
+    run = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has what it starts in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + END_SECONDS
+    while not (started := psutil.Process(run.pid).children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=END_SECONDS)
+    assert run.returncode == 130
+    assert said == "semids: interrupted; run the same command again to go on from here\n"
+    psutil.wait_procs(started, timeout=END_SECONDS)
+    assert not any(server.is_running() for server in started)

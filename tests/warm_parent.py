@@ -53,7 +53,7 @@ def warm_up(folder: Path) -> None:
     embedder = TransformerEmbedder(TransformerEmbedder.settings_type(model=str(model)))
     embedder.load()
     embedder.embed(["red shoe", "blue shoe"])
-    faiss.Kmeans(2, 1, niter=1, min_points_per_centroid=1).train(np.eye(2, dtype=np.float32))
+    faiss.knn(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32), 1)
     plot_report(measure_ids([np.array([[0, 1]])], None, sizes=(2, 2)))
     for module in pkgutil.walk_packages(semids.__path__, "semids."):
         for name in fingerprints._source(module.name).statements:

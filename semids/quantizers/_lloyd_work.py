@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from semids.calibration import PROBE_ENTRIES, draw_rows
-from semids.kmeans import PART_ROWS, PART_ROWS_PER_CODEWORD, Lloyd, draw_starts, lloyd_stepper
+from semids.kmeans import Lloyd, draw_starts, lloyd_stepper, part_rows
 from semids.parallel import AHEAD, thread_count
 from semids.starts import CANDIDATES, ROWS_PER_START, start_rows
 from semids.work import Probe, Work
 
 FLOPS = 1 << 34
 """Multiplications and additions of a probe at most: a third of a second of one core."""
+PRODUCT_CODEWORDS = 1024
+"""Codewords whose products with rows FAISS holds at a time."""
 PROBE_STARTS = 128
 """Codewords that a probe chooses starts of."""
 
@@ -25,7 +27,7 @@ def fitting(size: int, dimensions: int) -> Probe:
     codewords = max(2, min(size, PROBE_ENTRIES // dimensions))
 
     def prepare(folder: Path) -> tuple[Callable[[], Any], float]:
-        rows = draw_rows(max(4 * codewords + 1, min(16_384, FLOPS // (2 * codewords * dimensions))), dimensions)
+        rows = draw_rows(max(4 * codewords, min(16_384, FLOPS // (2 * codewords * dimensions))), dimensions)
         stepper = lloyd_stepper(rows, codewords)
         return lambda: stepper.step(rows[:codewords]), len(rows) * codewords
 
@@ -62,7 +64,7 @@ def lloyd_work(size: int, dimensions: int, rows: int, lloyd: Lloyd) -> Work:
     }
     # A copy of the rows that are chosen among, and distances to candidates: new ones, lowered ones, those before.
     starts = 4 * seen * (dimensions + 3 * CANDIDATES)
-    # Sums of the parts that are at work or wait for their turn, and of all.
-    parts = -(-rows // max(PART_ROWS, PART_ROWS_PER_CODEWORD * size))
-    sums = (4 * min(parts, AHEAD * thread_count()) + 16) * size * dimensions
+    # Sums of the parts that are at work or wait for their turn, products of the former, and the means of all.
+    parts = min(-(-rows // part_rows(rows)), AHEAD * thread_count())
+    sums = (4 * parts + 28) * size * dimensions + thread_count() * 4 * part_rows(rows) * min(size, PRODUCT_CODEWORDS)
     return Work(units, memory=max(starts, sums))
