@@ -118,7 +118,7 @@ def test_codewords_without_rows_split_where_there_is_something_to_split(
     stepper_of: Callable[[np.ndarray, int, np.ndarray | None], kmeans.LloydStepper], vectors: np.ndarray
 ) -> None:
     # The codeword of most weight has rows that are all the same: its half would have none for ever.
-    rows = np.concatenate([np.zeros((3000, vectors.shape[1])), vectors]).astype(np.float32)
+    rows = np.concatenate([np.full((3000, vectors.shape[1]), 30), vectors]).astype(np.float32)
     centroids = np.concatenate([rows[:1], vectors[:3], np.full((3, rows.shape[1]), 1e3)]).astype(np.float32)
     stepper = stepper_of(rows, 7, None)
     for _ in range(4):
