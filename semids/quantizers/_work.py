@@ -28,7 +28,7 @@ SMALL_CODEBOOK = 512
 """Largest codebook whose curvature a probe forms."""
 EXPONENTIALS = 128
 """Multiplications that an entry of a cost matrix takes as long as, in a pass over it."""
-PASSES, FEWER_PASSES = 9, 6
+PASSES, FEWER_PASSES = 8, 6
 """Passes over all costs until potentials converge, annealing on a part of them included: 5 to 17 at 256 codewords.
 Fewer, 4 to 14 and 6 in the mean of rows, until they have about converged, or where annealing sees few of many rows."""
 SLACK = 8
@@ -214,10 +214,8 @@ def bounded_work(
             found = level_work(seen, level, sizes, bounds, counts, priced=False)
             work += Work({probe: times * amount for probe, amount in found.units.items()})
         work += Work({refitting(d): times * seen * levels})
-    costs = round(4.25 * min(rows * max(sizes), BLOCK_BYTES // 4))
     return work + Work(
-        # Held with the sample: the costs of some prefixes, or the equations of all codewords.
-        memory=work.memory + max(costs, _equation_bytes(rows, sizes, d)) + thread_count() * THREAD_BYTES,
+        memory=work.memory + _fitting_bytes(rows, sizes, d),
         disk=codebook_bytes(sizes, d) + sum(_price_bytes(level, rows, sizes) for level in range(levels - 1)),
     )
 
@@ -235,7 +233,7 @@ def settled_work(
         work += Work({probe: times * amount for probe, amount in found.units.items()})
         work += Work({refitting(d): times * seen * len(sizes)})
     return work + Work(
-        memory=work.memory + _equation_bytes(rows, sizes, d),
+        memory=work.memory + _fitting_bytes(rows, sizes, d),
         disk=codebook_bytes([sizes[last]], d),
     )
 
@@ -343,6 +341,12 @@ def _held_work(rows: int, few: int, sizes: Sequence[int], counts: Counts) -> Wor
     d = counts.dimensions
     units = {reading(counts): counts.vector_bytes, taking(d, counts.itemsize): rows}
     return Work(units, memory=4 * d * (rows + few) + product_bytes(sizes, d))
+
+
+def _fitting_bytes(rows: int, sizes: Sequence[int], dimensions: int) -> int:
+    """Return what is held with a sample: the costs of some prefixes, or the equations of all codewords."""
+    costs = round(4.25 * min(rows * max(sizes), BLOCK_BYTES // 4))
+    return max(costs, _equation_bytes(rows, sizes, dimensions)) + thread_count() * THREAD_BYTES
 
 
 def _equation_bytes(rows: int, sizes: Sequence[int], dimensions: int) -> int:
