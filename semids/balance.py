@@ -31,7 +31,7 @@ NEWTON_CODEWORDS = 2048
 iterations do not. Above it, an n·K² product and a K³ solution a step cost more than they save."""
 COARSE_ROWS_PER_CODEWORD = 32
 """Rows that annealing looks at, evenly spaced: where they lead, all rows are a few steps from their own solution. 128
-make every pass over few rows one over all: a third more time for the potentials of `uniform`."""
+make most passes over few rows passes over all: a sixth more time for the potentials of `uniform`."""
 FIRST_DAMPING = 0.1
 """Of a Newton step, in shares of 1/K: far from the solution, codewords that few rows reach would be led astray."""
 MOST_DAMPING = 1e6

@@ -24,7 +24,7 @@ ROWS_PER_CODEWORD = 1024
 SAMPLE_BYTES = 4 << 30
 """Largest training sample: 1,024 rows a codeword for up to 1,024 codewords of 1,024 dimensions, or 256 of 4,096."""
 PARTS, LEAST_PART_ROWS, MOST_PART_ROWS = 64, 256, 4096
-"""Parts that threads search, and the rows of one."""
+"""Parts of the rows that threads search, and the fewest and the most rows of one."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,12 @@ def fit_codebook(
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     # FAISS finds no codeword for others, and says nothing.
-    if not np.isfinite(np.einsum("nd,nd->n", rows, rows)).all():
-        raise ShapeError("expected rows to train on whose squared lengths are finite")
+    unusable = np.count_nonzero(~np.isfinite(np.einsum("nd,nd->n", rows, rows)))
+    if unusable:
+        raise ShapeError(
+            f"expected rows to train on whose squared lengths are finite, got {unusable} of {len(rows)} that are not: "
+            "scale the vectors down or, where an encoder is trained, lower its learning rate"
+        )
     distinct = distinct_rows(rows, at_most=size)
     if distinct is not None:
         codebook = np.concatenate([distinct, np.repeat(distinct[:1], size - len(distinct), axis=0)])

@@ -130,7 +130,8 @@ def start_own_server() -> str:
     from prefect.settings.context import get_current_settings
 
     chosen = get_current_settings().to_environment_variables(exclude_unset=True)
-    for attempt in range(START_ATTEMPTS):
+    attempts = START_ATTEMPTS
+    while True:
         address, named = address_settings("127.0.0.1", str(free_port()))
         server = start_server(ONE_RUN_SETTINGS | chosen | os.environ | named)
         # Prefect sends its last words before functions registered here are called. This also keeps the server.
@@ -138,11 +139,11 @@ def start_own_server() -> str:
         try:
             wait_for_server(server, address)
         except ServerError:
-            if server.poll() is None or attempt == START_ATTEMPTS - 1:
+            attempts -= 1
+            if server.poll() is None or not attempts:
                 raise
         else:
             return named["PREFECT_API_URL"]
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _words(server: subprocess.Popen[bytes]) -> str:

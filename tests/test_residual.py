@@ -161,7 +161,7 @@ def test_a_step_gives_the_same_bytes_for_any_number_of_threads(monkeypatch: pyte
 def test_rows_that_have_no_finite_length_are_refused(bad: float) -> None:
     rows = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
     rows[7, 2] = bad
-    with pytest.raises(ShapeError, match="squared lengths are finite"):
+    with pytest.raises(ShapeError, match="squared lengths are finite, got 1 of 500 that are not"):
         fit_codebook(rows, 8, Lloyd(2, 1), rng=np.random.default_rng(0))
 
 

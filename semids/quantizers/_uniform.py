@@ -58,7 +58,7 @@ def uniform_steps(
                     uniform_work,
                     level,
                     sizes,
-                    rows_per_codeword=BALANCED_ROWS_PER_CODEWORD,
+                    budget=sample_budget,
                     coarse=COARSE_ROWS_PER_CODEWORD,
                     largest=COST_BYTES,
                 ),
@@ -140,7 +140,7 @@ def _balance(sample: Sample, codebook: NDArray[np.float32], *, seed: int, done: 
     codebook = _centroids(sample, codes, codebook)
     done(len(COARSE_ROWS_PER_CODEWORD) + 1)
     fitted_on = _as_costs_fit(sample.residuals, len(codebook), seed=seed)
-    # By now the codebook moves little: on all of 200,000 rows this start spared a quarter of the passes.
+    # By now the codebook moves little: on all of 200,000 rows this start spared a quarter of the time.
     found = fit_uniform(squared_distances(fitted_on, codebook), start=potentials, tolerance=TOLERANCE)
     done(len(COARSE_ROWS_PER_CODEWORD) + 2)
     evidence: dict[str, Any] = {
@@ -168,7 +168,7 @@ def _assign_evenly(
     """Return the (n, 1) codes under about equal loads, and the (K,) potentials that give them.
 
     Those of the codebook before it would be no start for them: moved to the centroids of a balanced assignment,
-    codewords need smaller ones. A start from zeros takes as many passes, and ends in 0.5 % less error.
+    codewords need smaller ones, and the way from zeros is no longer.
     """
     fitted_on = _as_costs_fit(residuals, len(codebook), seed=seed)
     costs = squared_distances(fitted_on, codebook)

@@ -167,17 +167,23 @@ def codebook_work(level: int, sizes: Sequence[int], counts: Counts, *, lloyd: Ll
 
 
 def uniform_work(
-    level: int, sizes: Sequence[int], counts: Counts, *, rows_per_codeword: int, coarse: Sequence[int], largest: int
+    level: int,
+    sizes: Sequence[int],
+    counts: Counts,
+    *,
+    budget: Callable[[int, int], int],
+    coarse: Sequence[int],
+    largest: int,
 ) -> Work:
     """Return the work of balancing a level, from 1.
 
     Args:
-        rows_per_codeword: that it is balanced on, if there are that many.
+        budget: returns the rows that it is balanced on, if there are that many, of its codewords and dimensions.
         coarse: rows a codeword that each Lloyd step but the last sees.
         largest: bytes of the cost matrix at most.
     """
     size, d = sizes[level - 1], counts.dimensions
-    rows = min(rows_per_codeword * size, sample_size(size, counts))
+    rows = min(budget(size, d), counts.training)
     fitted = min(rows, largest // (4 * size))
     parts = [min(rows, some * size) for some in coarse]
     # The last of them has its potentials fitted once more; a part that potentials do not see whole is encoded besides.
